@@ -1,0 +1,831 @@
+# SPDX-License-Identifier: MIT
+"""What nanopeft/gpt.py claims, held against torch's own loss, plain formulas in fp64, and itself done the long way."""
+
+import json
+import math
+import os
+import sys
+import tempfile
+import types
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from nanopeft import gpt
+
+BASE = Path(gpt.__file__).parent / "base"
+needs_base = pytest.mark.skipif(not (BASE / "model.safetensors").exists(), reason="the base is not trained yet")
+
+often = settings(deadline=None, max_examples=40)
+
+
+def randomize(model, std=0.3):
+    """No claim may rest on a bias of 0 or a norm's weight of 1."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, std)
+    return model
+
+
+def tiny(seed=0, dtype=torch.float64, **shape):
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=61, n_positions=24, n_embd=16, n_layer=2, n_head=2) | shape
+    return randomize(gpt.GPT(**shape)).to(dtype)
+
+
+def off(got, expected):
+    """Largest difference, as a share of the largest expected number."""
+    return ((got - expected).abs().max() / expected.abs().max().clamp(min=1e-300)).item()
+
+
+# fp64 rounds to 1.1e-16 of a number. The sums here have under 1e3 terms and are nested ten deep: under 1e-12 in all.
+FP64 = 1e-12
+
+# ---------------------------------------------------------------------------------------------------------------- loss
+
+
+class LowRank(nn.Module):
+    """A head as LoRA leaves it: a frozen weight and a trained branch beside it."""
+
+    def __init__(self, d, V):
+        super().__init__()
+        self.base, self.A, self.B = nn.Linear(d, V), nn.Linear(d, 2, bias=False), nn.Linear(2, V, bias=False)
+        self.base.requires_grad_(False)
+
+    def forward(self, x):
+        return self.base(x) + self.B(self.A(x))
+
+
+class Unused(nn.Module):
+    """A head with a parameter that no logit depends on."""
+
+    def __init__(self, d, V):
+        super().__init__()
+        self.used, self.unused = nn.Linear(d, V, bias=False), nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def frozen(d, V):
+    return nn.Linear(d, V).requires_grad_(False)
+
+
+def frozen_weight(d, V):
+    head = nn.Linear(d, V)
+    head.weight.requires_grad_(False)
+    return head
+
+
+HEADS = {
+    "linear": nn.Linear, "tanh": lambda d, V: nn.Sequential(nn.Linear(d, V), nn.Tanh()), "low rank": LowRank,
+    "frozen": frozen, "frozen weight": frozen_weight, "unused": Unused,
+}  # fmt: skip
+
+
+def loss_case(seed, kind="linear", n=20, d=5, V=7, ignored=0.3, dtype=torch.float64):
+    torch.manual_seed(seed)
+    head = randomize(HEADS[kind](d, V)).to(dtype)
+    x = torch.randn(n, d, dtype=dtype, requires_grad=True)
+    labels = torch.randint(V, (n,)).masked_fill(torch.rand(n) < ignored, -100)
+    return head, x, labels
+
+
+def gradients(loss, head, x):
+    wanted = [t for t in (x, *head.parameters()) if t.requires_grad]
+    found = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
+
+
+@often
+@given(
+    kind=st.sampled_from([*HEADS]), n=st.integers(1, 40), d=st.integers(1, 9), V=st.integers(1, 30),
+    rows=st.integers(1, 50), ignored=st.floats(0, 0.9), train_x=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_loss_in_chunks_is_the_loss(kind, n, d, V, rows, ignored, train_x, seed):
+    """Whatever the head and the number of rows, loss and all gradients are those of the cross-entropy of all logits."""
+    head, x, labels = loss_case(seed, kind, n, d, V, ignored)
+    labels[seed % n] = seed % V  # torch's mean over no row is NaN
+    x.requires_grad_(train_x or kind == "frozen")
+    expected = F.cross_entropy(head(x), labels, ignore_index=-100)
+    got = gpt.chunked_loss(head, x, labels, rows)
+    # A loss or a gradient can be 0 (V = 1): absolute bounds, all numbers here being of order 1
+    assert abs(got - expected) < FP64
+    for a, b in zip(gradients(got, head, x), gradients(expected, head, x), strict=True):
+        assert (a - b).abs().max() < FP64
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_no_label_no_loss(kind):
+    """If every label is -100 the loss is 0 and so is each gradient, where torch's own mean is NaN."""
+    head, x, labels = loss_case(0, kind)
+    loss = gpt.chunked_loss(head, x, labels.fill_(-100), 8)
+    assert loss.item() == 0
+    loss.backward()
+    trained = [x, *(p for p in head.parameters() if p.requires_grad)]
+    assert all(t.grad is not None and not t.grad.any() for t in trained)
+
+
+@pytest.mark.parametrize("why", ["no_grad", "nothing trained"])
+def test_no_gradient_no_cost(why):
+    """Where no gradient can be asked for, none is computed: no call of autograd, no graph at the head or after."""
+    head, x, labels = loss_case(0, "frozen" if why == "nothing trained" else "linear")
+    x.requires_grad_(why == "no_grad")
+    seen = []
+    head.register_forward_hook(lambda module, args, out: seen.append(out.requires_grad))
+    never = mock.patch.object(torch.autograd, "grad", side_effect=AssertionError)
+    with never, torch.set_grad_enabled(why != "no_grad"):
+        loss = gpt.chunked_loss(head, x, labels, 8)
+    assert seen and not any(seen) and not loss.requires_grad
+    assert abs(loss - F.cross_entropy(head(x), labels)) < FP64
+
+
+def test_second_derivative_is_refused():
+    """A second derivative, which would come out as 0, is refused, also where another term has one."""
+    head, x, labels = loss_case(0)
+    for other in (0, x.square().sum()):
+        with pytest.raises(gpt.Error, match="no second derivative"):
+            (g,) = torch.autograd.grad(gpt.chunked_loss(head, x, labels, 8) + other, x, create_graph=True)
+            torch.autograd.grad(g.square().sum(), x)
+
+
+@often
+@given(rows=st.integers(1, 30), factor=st.floats(-4, 4))
+def test_backward_twice(rows, factor):
+    """Backward leaves what it saved as it was: a second pass gives the same bits, and a factor passes through."""
+    head, x, labels = loss_case(0)
+    loss = gpt.chunked_loss(head, x, labels, rows)
+    first = torch.autograd.grad(loss, (x, *head.parameters()), retain_graph=True)
+    scaled = torch.autograd.grad(loss * factor, (x, *head.parameters()), retain_graph=True)
+    second = torch.autograd.grad(loss, (x, *head.parameters()))
+    for a, b, c in zip(first, second, scaled, strict=True):
+        assert torch.equal(a, b)
+        assert (a * factor - c).abs().max() < FP64
+
+
+@often
+@given(n=st.integers(1, 60), rows=st.integers(1, 70), ignored=st.floats(0, 1), seed=st.integers(0, 99))
+def test_logits_are_never_whole(n, rows, ignored, seed):
+    """The head sees each labelled row once, at most `rows` of them at a time, and no other row."""
+    head, x, labels = loss_case(seed, n=n, ignored=ignored)
+    seen = []
+    head.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
+    gpt.chunked_loss(head, x, labels, rows)
+    assert max(len(chunk) for chunk in seen) <= rows
+    assert torch.equal(torch.cat(seen), x[labels != -100])
+
+
+def test_model_takes_its_loss_in_chunks():
+    """With labels the model gives no logits, and its head has seen only some rows at a time."""
+    model = gpt.GPT(vocab_size=1 << 14, n_positions=128, n_embd=4, n_layer=1, n_head=1)
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    ids = torch.randint(1 << 14, (4, 128))
+    out = model(ids, labels=ids)
+    assert out.logits is None and sum(seen) == 4 * 127 and max(seen) <= sum(seen) / 1.5
+
+
+@pytest.mark.parametrize("rows", [7, 256, 4096])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_of_chunks_keep_16_bits(dtype, rows):
+    """In 16 bits the head's gradient is as good after 600 chunks as after one."""
+    torch.manual_seed(0)
+    n, d, V = 4200, 8, 32
+    head, x, labels = nn.Linear(d, V, bias=False), torch.randn(n, d), torch.randint(V, (n,))
+    head, x = head.to(dtype), x.to(dtype)
+    gpt.chunked_loss(head, x, labels, rows).backward()
+    exact = head.weight.detach().double().requires_grad_()
+    F.cross_entropy(x.double() @ exact.T, labels).backward()
+    # Each logit, each dz and each chunk's product is rounded once to u = eps/2, and the sum of chunks is in 32 bits.
+    # Summed in bf16 instead, 600 chunks give 14 times the error of one.
+    u = torch.finfo(dtype).eps / 2
+    assert (head.weight.grad.double() - exact.grad).norm() / exact.grad.norm() < 3 * u
+
+
+def test_fp16_sum_over_many_rows_does_not_overflow():
+    """The gradient is kept as a sum over rows, and may pass fp16's 65,504 where the mean that is asked for is small."""
+    n = 4096
+    head, x = nn.Linear(1, 2, bias=False), torch.full((n, 1), 100.0)
+    with torch.no_grad():
+        head.weight.zero_()
+    gpt.chunked_loss(head.half(), x.half(), torch.zeros(n, dtype=torch.long), 256).backward()
+    # p = 1/2 for each label: dW = (p - onehot) x = (-50, 50), and n times that is 204,800. All are exact in fp16.
+    assert head.weight.grad.flatten().tolist() == [-50, 50]
+
+
+def test_fp16_scaled_loss_does_not_underflow():
+    """The gradient of 65,536 times an fp16 loss is fp64's, though 1/n alone takes it to fp16's smallest numbers."""
+    torch.manual_seed(0)
+    n, d, V = 2048, 16, 64
+    head, x, labels = frozen(d, V), torch.randn(n, d), torch.randint(V, (n,))
+    with torch.no_grad():
+        head.weight.mul_(1e-3), head.bias.zero_()  # dx is about 2.5e-4 a row; over n 1.2e-7, or two of fp16's 6e-8
+    head, x = head.half(), x.half().requires_grad_()
+    (gpt.chunked_loss(head, x, labels, 256) * 2.0**16).backward()
+    exact = x.detach().double().requires_grad_()
+    F.cross_entropy(exact @ head.weight.detach().double().T, labels).backward()
+    # weights and dz are rounded to 2^-11, dx to steps of 6e-8 in 2.5e-4: 2^-12. Unscaled rounding would give 0.1.
+    assert (x.grad.double() / 2**16 - exact.grad).norm() / exact.grad.norm() < 2**-9
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+def by_formula(model, ids):
+    """The docstring's equations, a position at a time."""
+    w = {key: t.detach() for key, t in model.state_dict().items()}
+
+    def norm(x, name):
+        x = x - x.mean()
+        x = x / (x.square().mean() + model.config.layer_norm_epsilon).sqrt()
+        return x * w[name + ".weight"] + w[name + ".bias"]
+
+    def linear(x, name):
+        return w[name + ".weight"] @ x + w[name + ".bias"]
+
+    xs = [w["transformer.wte.weight"][i] + w["transformer.wpe.weight"][t] for t, i in enumerate(ids)]
+    size = model.config.n_embd // model.config.n_head
+    for layer in range(model.config.n_layer):
+        h = f"transformer.h.{layer}."
+        qkv = [linear(norm(x, h + "ln_1"), h + "attn.c_attn").view(3, -1, size) for x in xs]  # (3, H, d/H) each
+        for t, (q, _, _) in enumerate(qkv):
+            heads = []
+            for i in range(model.config.n_head):
+                scores = torch.stack([q[i] @ k[i] / math.sqrt(size) for _, k, _ in qkv[: t + 1]])
+                p = scores.exp() / scores.exp().sum()
+                heads.append(sum(p[s] * qkv[s][2][i] for s in range(t + 1)))
+            xs[t] = xs[t] + linear(torch.cat(heads), h + "attn.c_proj")
+        for t, x in enumerate(xs):
+            u = linear(norm(x, h + "ln_2"), h + "mlp.c_fc")
+            u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+            xs[t] = x + linear(u, h + "mlp.c_proj")
+    return torch.stack([w["transformer.wte.weight"] @ norm(x, "transformer.ln_f") for x in xs])  # (T, V)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    n_layer=st.integers(1, 3), n_head=st.integers(1, 4), size=st.integers(1, 5), T=st.integers(1, 8),
+    epsilon=st.sampled_from([1e-5, 1e-2]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_logits_follow_the_formula(n_layer, n_head, size, T, epsilon, seed):
+    """The logits are those of GPT-2's equations written out position by position."""
+    model = tiny(seed, n_layer=n_layer, n_head=n_head, n_embd=n_head * size, layer_norm_epsilon=epsilon)
+    ids = torch.randint(61, (T,))
+    expected = by_formula(model, ids.tolist())
+    assert off(model(ids[None]).logits[0], expected) < 10 * FP64  # a norm over one or two numbers can cancel a digit
+
+
+def test_shift_and_mean():
+    """Position t is scored on labels[t + 1], and the mean is over the labelled positions of the whole batch."""
+    model, ids = tiny(), torch.randint(61, (2, 9))
+    labels = ids.clone()
+    labels[0, :5] = -100
+    log_p = model(ids).logits.log_softmax(-1)
+    scored = [-log_p[b, t, ids[b, t + 1]] for b in (0, 1) for t in range(8) if b or t + 1 >= 5]
+    assert len(scored) == 12
+    assert off(model(ids, labels=labels).loss, sum(scored) / 12) < FP64
+
+
+def test_tied_gradient_is_the_sum_of_both_uses():
+    """wte's gradient is the embedding's plus the head's, as a copy of the model with the two untied shows."""
+    model, untied, ids = tiny(), tiny(), torch.randint(61, (3, 10))
+    assert model.lm_head.weight is model.transformer.wte.weight
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
+    for m in (model, untied):
+        m(ids, labels=ids).loss.backward()
+    embedding, head = untied.transformer.wte.weight.grad, untied.lm_head.weight.grad
+    assert embedding.any() and head.any()
+    assert off(model.transformer.wte.weight.grad, embedding + head) < FP64
+
+
+def test_embeddings():
+    """get_input_embeddings and get_output_embeddings are the tied pair, and inputs_embeds = wte(ids) is input_ids."""
+    model, ids = tiny(), torch.randint(61, (3, 10))
+    wte, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert wte is model.transformer.wte and head is model.lm_head and wte.weight is head.weight
+    assert torch.equal(model(inputs_embeds=wte(ids)).logits, model(ids).logits)
+    assert torch.equal(model(inputs_embeds=wte(ids), labels=ids).loss, model(ids, labels=ids).loss)
+    wte.weight.data.zero_()
+    assert not model(ids).logits.any()
+
+
+def test_meta_and_device():
+    """A model built on meta runs there, shapes only, and says where it is: sizes can be known without their memory."""
+    with torch.device("meta"):
+        model = gpt.GPT(vocab_size=50257, n_positions=1024, n_embd=1600, n_layer=2, n_head=25)
+        out = model(torch.zeros(2, 7, dtype=torch.long))
+    assert out.logits.shape == (2, 7, 50257) and out.logits.is_meta
+    assert model.device == torch.device("meta") and tiny().device == torch.device("cpu")
+
+
+def test_bf16():
+    """In bf16 loss, logits and gradients are finite, and the logits those of fp64 to bf16's few digits."""
+    model, ids = gpt.GPT(n_layer=4, n_embd=64), torch.randint(3072, (2, 50))
+    exact = model.double()(ids).logits
+    model = model.bfloat16()
+    out = model(ids)
+    assert out.logits.dtype == torch.bfloat16 and out.logits.isfinite().all()
+    # Weights, and some 10 activations a layer, are rounded to 2^-9 each: about sqrt(40) 2^-9 = 0.012 in the norm.
+    assert (out.logits - exact).norm() / exact.norm() < 0.03
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_initialization():
+    """Untrained, every token is about as likely; each residual branch is scaled so that depth does not add up."""
+    torch.manual_seed(0)
+    model, ids = gpt.GPT(n_layer=8, n_embd=64), torch.randint(3072, (4, 64))
+    # Logits are a sum of 64 products of 0.02 and 1: deviation 0.16, hence ln V + 0.16² / 2 = 8.043
+    assert abs(model(ids, labels=ids).loss - math.log(3072) - 0.0128) < 0.03
+    for name, p in model.named_parameters():
+        if name.endswith("weight") and "ln_" not in name:
+            std = 0.02 / math.sqrt(16) if "c_proj" in name else 0.02
+            assert abs(p.std() / std - 1) < 5 / math.sqrt(2 * p.numel())  # five standard errors
+    with pytest.raises(TypeError):
+        gpt.GPT(n_layers=3)
+    with pytest.raises(gpt.Error, match="divide"):
+        gpt.GPT(n_embd=10, n_head=4)
+
+
+@often
+@given(keep=st.integers(0, 12), B=st.integers(1, 3))
+def test_logits_to_keep(keep, B):
+    """logits_to_keep gives the last positions' logits alone, and 0 gives all."""
+    model, ids = tiny(), torch.randint(61, (B, 10))
+    logits = model(ids, logits_to_keep=keep).logits
+    assert logits.size(1) == (min(keep, 10) or 10)
+    assert off(logits, model(ids).logits[:, -keep:]) < FP64
+
+
+# ------------------------------------------------------------------------------------------------------ cache, padding
+
+
+@often
+@given(cuts=st.lists(st.integers(1, 19), max_size=4), left=st.integers(0, 4), seed=st.integers(0, 99))
+def test_pieces_through_the_cache(cuts, left, seed):
+    """A sequence passed in pieces of any size, each after the cache of those before, gives the logits of the whole."""
+    model, ids = tiny(seed), torch.randint(61, (2, 20))
+    mask = torch.ones_like(ids)
+    mask[0, :left] = 0
+    mask = mask if left else None
+    whole = model(ids, attention_mask=mask).logits
+    edges = [0, *sorted(set(cuts)), 20]
+    cache, pieces = gpt.Cache(), []
+    for a, b in zip(edges, edges[1:], strict=False):
+        seen = None if mask is None else mask[:, :b]
+        out = model(ids[:, a:b], attention_mask=seen, past_key_values=cache, use_cache=True)
+        pieces.append(out.logits)
+    assert out.past_key_values is cache and cache.get_seq_length() == 20
+    real = torch.ones(2, 20, dtype=torch.bool) if mask is None else mask.bool()
+    assert off(torch.cat(pieces, 1)[real], whole[real]) < FP64
+
+
+@often
+@given(
+    lengths=st.lists(st.integers(1, 10), min_size=1, max_size=4), left=st.booleans(), extra=st.integers(0, 3),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_padding_changes_nothing(lengths, left, extra, seed):
+    """A row padded on the left or on the right gives on its tokens the logits that it gives alone, and NaN nowhere."""
+    model, width = tiny(seed), max(lengths) + extra
+    ids, mask = torch.randint(61, (len(lengths), width)), torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, n in enumerate(lengths):
+        mask[row, width - n if left else 0 : width if left else n] = 1
+    logits = model(ids, attention_mask=mask).logits
+    assert logits.isfinite().all()
+    for row in range(len(lengths)):
+        real = mask[row].bool()
+        assert off(logits[row, real], model(ids[row, real][None]).logits[0]) < FP64
+
+
+@often
+@given(padding=st.lists(st.integers(0, 6), min_size=1, max_size=3), past=st.integers(0, 3), left=st.booleans())
+def test_each_position_sees_one(padding, past, left):
+    """No row of the attention mask is empty, even a padding's: some of torch's kernels make NaN of it."""
+    model, width = tiny(), past + 7
+    ids, mask = torch.randint(61, (len(padding), width)), torch.ones(len(padding), width, dtype=torch.long)
+    for row, n in enumerate(padding):
+        mask[row, slice(0, past + n) if left else slice(width - n, width)] = 0
+    cache = gpt.Cache()
+    if past:
+        model(ids[:, :past], attention_mask=mask[:, :past], past_key_values=cache)
+    with mock.patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as attention:
+        model(ids[:, past:], attention_mask=mask, past_key_values=cache)
+    for call in attention.call_args_list:
+        assert call.args[3].expand(len(padding), 1, 7, width).any(-1).all()
+
+
+def test_padded_loss_and_gradients():
+    """A padded batch trains as its rows do alone: the same loss, and the same gradient in every parameter."""
+    model, lengths = tiny(), (4, 9, 6)
+    ids, mask = torch.randint(61, (3, 9)), torch.zeros(3, 9, dtype=torch.long)
+    for row, n in enumerate(lengths):
+        mask[row, :n] = 1
+    model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+    padded = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    for row, n in enumerate(lengths):
+        (model(ids[row : row + 1, :n], labels=ids[row : row + 1, :n]).loss * (n - 1) / (sum(lengths) - 3)).backward()
+    for name, p in model.named_parameters():
+        assert (padded[name] - p.grad).abs().max() < FP64, name  # a key's bias moves no softmax: its gradient is 0
+
+
+def test_positions_run_out():
+    """More tokens than positions are refused, with a cache as well; padding takes none: what fits without it fits."""
+    model, ids = tiny(n_positions=8), torch.randint(61, (2, 12))
+    assert model(ids[:, :8]).logits.isfinite().all()
+    with pytest.raises(gpt.Error, match="9 tokens do not fit the model's 8 positions"):
+        model(ids[:, :9])
+    with pytest.raises(gpt.Error, match="8 positions"):
+        model(inputs_embeds=torch.zeros(1, 9, 16).double())
+    cache = model(ids[:, :8], use_cache=True).past_key_values
+    with pytest.raises(gpt.Error, match="9 tokens"):
+        model(ids[:, 8:9], past_key_values=cache)
+    with pytest.raises(gpt.Error, match="8 positions"):
+        model.generate(ids[:, :4], 6)
+    mask = torch.ones_like(ids)
+    mask[0, :4], mask[1, :5] = 0, 0
+    assert off(model(ids, attention_mask=mask).logits[1, 5:], model(ids[1:, 5:]).logits[0]) < FP64
+    mask[1, 3:] = 1
+    with pytest.raises(gpt.Error, match="9 tokens"):
+        model(ids, attention_mask=mask)
+
+
+def test_wrong_calls():
+    """Neither or both inputs, and a mask that does not cover the past, are refused with the right use in one line."""
+    model, ids = tiny(), torch.randint(61, (2, 5))
+    x = model.transformer.wte(ids)
+    for arguments in ({}, {"input_ids": ids, "inputs_embeds": x}):
+        with pytest.raises(gpt.Error, match="either input_ids or inputs_embeds"):
+            model(**arguments)
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(gpt.Error, match="5 wide, not 10"):
+        model(ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
+    for wrong in (dict(temperature=-1.0), dict(temperature=math.nan), dict(temperature=1.0, top_k=0)):
+        with pytest.raises(gpt.Error, match="temperature must be at least 0 and top_k at least 1"):
+            model.generate(ids, 1, **wrong)
+
+
+# ---------------------------------------------------------------------------------------------------------- generation
+
+
+@often
+@given(
+    lengths=st.lists(st.integers(1, 8), min_size=1, max_size=3), n=st.integers(0, 8), pad=st.booleans(),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_greedy_is_the_likeliest_token_each_time(lengths, n, pad, seed):
+    """With the cache, and padded on the left, each row gets the tokens that recomputing it whole and alone gives it."""
+    model = tiny(seed)
+    width = max(lengths) if pad else min(lengths)
+    ids, mask = torch.randint(61, (len(lengths), width)), torch.ones(len(lengths), width, dtype=torch.long)
+    if pad:
+        for row, length in enumerate(lengths):
+            mask[row, : width - length] = 0
+    got = gpt.generate(model, ids, n, attention_mask=mask if pad else None)
+    assert torch.equal(got[:, :width], ids) and got.shape == (len(lengths), width + n)
+    for row in range(len(lengths)):
+        alone = ids[row, mask[row].bool()][None]
+        for _ in range(n):
+            alone = torch.cat((alone, model(alone).logits[:, -1:].argmax(-1)), 1)
+        assert got[row, width:].tolist() == alone[0, alone.size(1) - n :].tolist()
+
+
+class Script:
+    """A model that says what the script says, whatever it is asked: script (n, B) are the likeliest tokens."""
+
+    def __init__(self, script, V=10):
+        self.logits, self.calls = F.one_hot(torch.tensor(script), V).float() * 50, 0
+
+    def __call__(self, input_ids, **_):
+        self.calls += 1
+        return gpt.Output(logits=self.logits[self.calls - 1][:, None])
+
+
+def test_end_of_text():
+    """A row is filled with the end-of-text that it produced, whatever follows, and all stops at the last row's."""
+    script = [[1, 9, 2], [9, 3, 4], [5, 6, 9], [7, 7, 7]]
+    model = Script(script)
+    got = gpt.generate(model, torch.zeros(3, 1, dtype=torch.long), 4, eos_token_id=9)
+    assert got.tolist() == [[0, 1, 9, 9], [0, 9, 9, 9], [0, 2, 4, 9]] and model.calls == 3
+    model = Script(script)
+    got = gpt.generate(model, torch.zeros(3, 1, dtype=torch.long), 4)
+    assert got[:, 1:].T.tolist() == script
+
+
+@pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.5, 3), (2.0, 1), (3.0, 5), (0.7, 99)])
+def test_sampling(temperature, top_k):
+    """Tokens are drawn from softmax(logits / temperature) over the top_k likeliest, and never from outside them."""
+    z, n = torch.tensor([0.0, 2.0, -1.0, 1.5, 0.5, 1.0]), 20000
+    draw = torch.Generator().manual_seed(1)
+    model = types.SimpleNamespace(logits=z.expand(n, 1, -1).clone(), past_key_values=None)
+    options = dict(temperature=temperature, top_k=top_k, generator=draw)
+    tokens = gpt.generate(lambda *_, **__: model, torch.zeros(n, 1, dtype=torch.long), 1, **options)[:, 1]
+    best = z.argsort(descending=True)[: top_k or 6]
+    p = torch.zeros(6)
+    p[best] = (z[best].double() / temperature).softmax(0).float()
+    share = torch.bincount(tokens, minlength=6) / n
+    assert not share[p == 0].any()
+    assert ((share - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()  # five standard errors of a share
+
+
+def test_generator_repeats():
+    """The same generator state draws the same text, and the method is the function."""
+    model, ids = tiny(), torch.randint(61, (4, 3))
+    states = [torch.Generator().manual_seed(seed) for seed in (0, 0, 1)]
+    draws = [gpt.generate(model, ids, 12, temperature=1.0, generator=state) for state in states]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert torch.equal(model.generate(ids, 5), gpt.generate(model, ids, 5))
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny(dtype=torch.float32).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def edit(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def refuse(folder, match=""):
+    """Error, in one line that names what is wrong."""
+    with pytest.raises(gpt.Error, match=match) as caught:
+        gpt.GPT.from_pretrained(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) > 20
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]), n_layer=st.integers(1, 3),
+    n_head=st.integers(1, 3), size=st.integers(1, 5), V=st.integers(2, 40), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_saved_and_loaded_is_the_same_to_the_bit(dtype, n_layer, n_head, size, V, seed):
+    """What was saved is what loads, bit for bit in every dtype, with its config, and the head tied again."""
+    model = tiny(seed, dtype, n_layer=n_layer, n_head=n_head, n_embd=n_head * size, vocab_size=V, bos_token_id=1)
+    with tempfile.TemporaryDirectory() as name:
+        model.save_pretrained(Path(name) / "new" / "folder")
+        assert sorted(os.listdir(f"{name}/new/folder")) == ["config.json", "model.safetensors"]
+        loaded = gpt.GPT.from_pretrained(f"{name}/new/folder", dtype)
+    assert vars(loaded.config) == vars(model.config)
+    assert (loaded.config.bos_token_id, loaded.config.eos_token_id) == (1, V - 1)
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    for key, t in model.state_dict().items():
+        assert loaded.state_dict()[key].dtype == dtype and torch.equal(loaded.state_dict()[key], t), key
+    assert all(p.requires_grad and p.is_contiguous() for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtype(folder, dtype):
+    """dtype is the type that all weights are in, rounded once from what is stored."""
+    model, stored = gpt.GPT.from_pretrained(folder, dtype), gpt.GPT.from_pretrained(folder)
+    for (name, p), q in zip(model.named_parameters(), stored.parameters(), strict=True):
+        assert q.dtype == torch.float32 and p.dtype == dtype and torch.equal(p, q.to(dtype)), name
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_hub_forms(folder, prefix):
+    """Both forms found on the hub load: names with "transformer." or without it, causal masks, and the tied head."""
+    expected = gpt.GPT.from_pretrained(folder).state_dict()
+    state = load_file(folder / "model.safetensors")
+    state = {prefix + key.removeprefix("transformer."): t for key, t in state.items()}
+    for layer in range(2):
+        state[f"{prefix}h.{layer}.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
+        state[f"{prefix}h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    if prefix:
+        state["lm_head.weight"] = state["transformer.wte.weight"].clone()
+    save_file(state, folder / "model.safetensors")
+    loaded = gpt.GPT.from_pretrained(folder).state_dict()
+    assert loaded.keys() == expected.keys() and all(torch.equal(t, expected[key]) for key, t in loaded.items())
+
+
+def test_weights_are_stored_transposed(folder):
+    """The file holds each linear weight as GPT-2's Conv1D does, (in, out), and no second copy of the tied head."""
+    model, state = gpt.GPT.from_pretrained(folder), load_file(folder / "model.safetensors")
+    assert state["transformer.h.0.attn.c_attn.weight"].shape == (16, 48)
+    assert torch.equal(state["transformer.h.1.attn.c_proj.weight"], model.transformer.h[1].attn.c_proj.weight.T)
+    assert "lm_head.weight" not in state and len(state) == 2 * 12 + 4
+
+
+def resident():
+    """(now, at most), in bytes; the second since it was last set back."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="tells memory as Linux does")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loading_holds_the_model_once(tmp_path, dtype):
+    """Loading takes the memory of the model and of one tensor of its file, and leaves no part of the file mapped."""
+    model = gpt.GPT(vocab_size=4096, n_embd=512, n_layer=4, n_head=8)
+    model.save_pretrained(tmp_path)
+    size = sum(p.numel() for p in model.parameters()) * dtype.itemsize  # 60 MB in fp32
+    del model
+    Path("/proc/self/clear_refs").write_text("5")
+    before, _ = resident()
+    model = gpt.GPT.from_pretrained(tmp_path, dtype)
+    _, most = resident()
+    # One tensor of the file is 8 MB at most; 8 MB more for the allocator. A mapped file or a second copy adds 60.
+    assert most - before < size + 16e6
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text() and model.device.type == "cpu"
+
+
+def test_saving_replaces_files_whole(folder):
+    """A save that fails leaves the old checkpoint as it was; one that works may go where the model came from."""
+    model, old = gpt.GPT.from_pretrained(folder), (folder / "model.safetensors").read_bytes()
+    randomize(model)
+    with mock.patch.object(gpt, "save_file", side_effect=OSError("disk full")), pytest.raises(OSError):
+        model.save_pretrained(folder)
+    assert (folder / "model.safetensors").read_bytes() == old
+    model.save_pretrained(folder)
+    again = gpt.GPT.from_pretrained(folder)
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"])
+@pytest.mark.parametrize("value", [0, -1, 16.0, True, "16", None, [16], 1 << 21, 10**400, math.nan, math.inf])
+def test_sizes(folder, key, value):
+    """A size that is not a whole number, or is out of all proportion, is refused by name before anything is built."""
+    edit(folder, **{key: value})
+    refuse(folder, key)
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        ({"model_type": "llama"}, "gpt2"), ({"model_type": None}, "gpt2"), ({"model_type": ["gpt2"]}, "gpt2"),
+        ({"n_head": 3}, "divide"), ({"activation_function": "gelu"}, "gelu_new"), ({"n_inner": 65}, "n_inner"),
+        ({"activation_function": ["gelu_new"]}, "activation_function"), ({"tie_word_embeddings": False}, "tie_word"),
+        ({"scale_attn_weights": False}, "scale_attn"), ({"scale_attn_by_inverse_layer_idx": True}, "inverse_layer"),
+        ({"n_layer": 1}, "no place for: transformer.h.1"), ({"n_layer": 3}, "no tensor transformer.h.2"),
+        ({"vocab_size": 62}, "wte.weight"), ({"n_positions": 25}, "wpe.weight"), ({"n_embd": 32}, "wte.weight"),
+        *(({"layer_norm_epsilon": e}, "layer_norm_epsilon") for e in (0.0, -1e-5, 1, True, "1e-5", None, math.inf)),
+        *(({"layer_norm_epsilon": e}, "layer_norm_epsilon") for e in (math.nan, [1e-5])),
+        *(({"bos_token_id": t}, "bos_token_id") for t in (1.0, "60", None, [60], True, -1)),
+        *(({"eos_token_id": t}, "eos_token_id") for t in (60.0, "60", None, [60], False, -1)),
+    ],
+)  # fmt: skip
+def test_configs(folder, changes, match):
+    """A config that this GPT cannot follow is refused, and the message names the key."""
+    edit(folder, **changes)
+    refuse(folder, match)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b"1", b"null", b'"gpt2"', b"\xff\xfe{}", b"[" * 100_000, b"1" * 5000, b"{'n_embd': 16}"]
+)
+def test_config_that_is_no_json(folder, text):
+    """A config.json that is no JSON object is refused."""
+    (folder / "config.json").write_bytes(text)
+    refuse(folder, "config.json")
+
+
+whole = st.integers(-(10**30), 3) | st.integers(1001, 10**30)  # hundreds of layers would only take long
+json_values = st.recursive(
+    st.none() | st.booleans() | whole | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_any_config_loads_or_is_refused(data):
+    """Whatever stands in one place of config.json, the answer is a model or an Error of one line."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tiny(dtype=torch.float32).save_pretrained(folder)
+        keys = sorted(json.loads((folder / "config.json").read_text()))
+        edit(folder, **{data.draw(st.sampled_from(keys)): data.draw(json_values)})
+        try:
+            model = gpt.GPT.from_pretrained(folder)
+        except gpt.Error as error:
+            assert "\n" not in str(error)
+        else:
+            assert model(torch.zeros(1, 4, dtype=torch.long)).logits.shape == (1, 4, 61)
+
+
+def test_missing_files(tmp_path, folder):
+    """A folder that is not there, or lacks one of the two files, is refused and says what a base consists of."""
+    refuse(tmp_path / "nowhere", "config.json and model.safetensors")
+    refuse(tmp_path, "config.json and model.safetensors")
+    refuse("no-such-model", "nano, .*gpt2-xl")
+    refuse("", "config.json and model.safetensors")
+    (folder / "model.safetensors").unlink()
+    refuse(folder, "model.safetensors")
+    (folder / "model.safetensors").mkdir()
+    refuse(folder, "model.safetensors")
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_damaged_files(data):
+    """A model.safetensors cut short anywhere is refused; with a byte changed in its header, it is too or loads."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tiny(dtype=torch.float32, n_layer=1).save_pretrained(folder)
+        file = folder / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        if data.draw(st.booleans()):
+            file.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+            refuse(folder, "model.safetensors")
+            return
+        header = 8 + int.from_bytes(content[:8], "little")
+        content[data.draw(st.integers(0, header - 1))] = data.draw(st.integers(0, 255))
+        file.write_bytes(content)
+        try:
+            gpt.GPT.from_pretrained(folder)
+        except gpt.Error as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda s: s.pop("transformer.h.1.ln_2.bias"), "no tensor transformer.h.1.ln_2.bias"),
+        (lambda s: s.update({"transformer.h.2.ln_1.bias": torch.zeros(16)}), "no place for: transformer.h.2.ln_1.bias"),
+        (lambda s: s.update({"transformer.ln_f.bias": torch.zeros(15)}), r"ln_f.bias \[15\]"),
+        (lambda s: s.update({"transformer.ln_f.bias": torch.zeros(16, 1)}), r"ln_f.bias \[16, 1\]"),
+        # (out, in), as nn.Linear has it: a checkpoint that nobody turned
+        (lambda s: s.update({"transformer.h.0.attn.c_attn.weight": torch.zeros(48, 16)}), r"c_attn.weight \[48, 16\]"),
+        (lambda s: s.update({"transformer.h.0.mlp.c_fc.weight": torch.zeros(16, 64, dtype=torch.int8)}), "int8"),
+    ],
+)
+def test_tensors_that_do_not_fit(folder, change, match):
+    """A missing, additional, misshapen or quantized tensor is refused by its name."""
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors")
+    refuse(folder, match)
+
+
+# ----------------------------------------------------------------------------------------------------------------- hub
+
+
+def fake_hub(download):
+    return mock.patch.dict(sys.modules, huggingface_hub=types.SimpleNamespace(snapshot_download=download))
+
+
+@pytest.mark.parametrize("name", gpt.HUB)
+def test_hub(folder, name):
+    """A hub name fetches the two files and the tokenizer's two from the model's own repository, and nothing else."""
+    asked = []
+    with fake_hub(lambda repo, allow_patterns: asked.append((repo, sorted(allow_patterns))) or str(folder)):
+        assert gpt.find_checkpoint(name) == folder
+    owner = "distilbert" if name == "distilgpt2" else "openai-community"
+    assert asked == [(f"{owner}/{name}", ["config.json", "merges.txt", "model.safetensors", "vocab.json"])]
+
+
+class Timeout(Exception):
+    """As an HTTP client has it: no OSError."""
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no\nnetwork"), FileNotFoundError("offline"), Timeout("no\nanswer")])
+def test_hub_without_network(error):
+    """Without a network, a hub name gives one sentence that says what happened and what to do."""
+    with fake_hub(mock.Mock(side_effect=error)):
+        refuse("gpt2", rf"^gpt2 cannot be fetched .*{type(error).__name__}.* give a folder that holds config.json")
+
+
+def test_hub_without_its_library():
+    """Without huggingface_hub, a hub name says how to install it."""
+    with mock.patch.dict(sys.modules, huggingface_hub=None):
+        refuse("gpt2-medium", r"^gpt2-medium .*pip install 'nanopeft\[hub\]', or give a folder")
+
+
+def test_folder_goes_before_hub(folder, monkeypatch):
+    """A folder here of a hub model's name is that folder."""
+    folder.rename(folder.parent / "gpt2")
+    monkeypatch.chdir(folder.parent)
+    with fake_hub(mock.Mock(side_effect=AssertionError)):
+        assert gpt.GPT.from_pretrained("gpt2").config.n_embd == 16
+
+
+# ---------------------------------------------------------------------------------------------------------------- base
+
+
+@needs_base
+def test_base():
+    """The base loads by default, its every parameter finite, and knows Python: far under the loss of guessing."""
+    model = gpt.GPT.from_pretrained()
+    assert gpt.find_checkpoint("nano") == BASE and all(p.isfinite().all() for p in model.parameters())
+    vocabulary = json.loads((BASE / "vocab.json").read_text("utf-8"))
+    assert len(vocabulary) == model.config.vocab_size > model.config.eos_token_id
+
+    from nanopeft import data
+
+    ids = torch.tensor([data.load_tokenizer(BASE).encode_ordinary(Path(json.__file__).read_text("utf-8"))[:400]])
+    with torch.no_grad():
+        assert model(ids, labels=ids).loss < math.log(len(vocabulary)) / 2
