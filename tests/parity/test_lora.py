@@ -1,0 +1,486 @@
+# SPDX-License-Identifier: MIT
+"""nanopeft/lora.py against peft, on transformers' models: the same numbers, layers, names and files."""
+
+import copy
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
+
+from nanopeft import gpt, lora
+
+# --------------------------------------------------------------------------------------------------------- small models
+
+
+def hf_gpt2(tied=True):
+    sizes = dict(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4, bos_token_id=63, eos_token_id=63)
+    more = dict(attn_pdrop=0, embd_pdrop=0, resid_pdrop=0, tie_word_embeddings=tied)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **more))
+
+
+def hf_llama(tied=False):
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    more = dict(num_key_value_heads=2, max_position_embeddings=32, pad_token_id=3, tie_word_embeddings=tied)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **more))
+
+
+def hf_gemma():
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    more = dict(num_key_value_heads=2, head_dim=8, max_position_embeddings=32, tie_word_embeddings=False)
+    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**sizes, **more))
+
+
+def tensors(model):
+    """What peft trains, under the names of its file, as the tensors themselves."""
+    return {n.replace(".default", ""): p for n, p in model.named_parameters() if ".lora_" in n}
+
+
+def pair(base, targets, **options):
+    """(peft's model, ours): two copies of a base with the same random adapter."""
+    arguments = dict(r=4, alpha=8, dropout=0.0, ranks={}, rslora=False) | options
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=targets if isinstance(targets, str) else list(targets), r=arguments["r"],
+        lora_alpha=arguments["alpha"], lora_dropout=arguments["dropout"], rank_pattern=arguments["ranks"],
+        use_rslora=arguments["rslora"], fan_in_fan_out=base.config.model_type == "gpt2",
+    )  # fmt: skip
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    for p in tensors(theirs).values():
+        nn.init.normal_(p, std=0.3)
+    ours = lora.add_lora(copy.deepcopy(base).eval(), targets, **arguments)
+    lora.load_lora_state_dict(ours, {n: p.detach() for n, p in tensors(theirs).items()})
+    return theirs, ours
+
+
+def assert_close(found, expected, relative):
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    assert (found - expected).abs().max() <= relative * expected.abs().max()
+
+
+def assert_noticeable(model, ids):
+    """The update is at least a tenth of the output, so that an output without it could not pass for one with it."""
+    with torch.no_grad():
+        y = model(ids).logits
+        with lora.lora_disabled(model):
+            base = model(ids).logits
+    assert (y - base).abs().max() >= 0.1 * y.abs().max()
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:fan_in_fan_out is set to False")
+IDS = torch.tensor([[5, 9, 2, 40, 41, 3, 63, 0], [1, 1, 62, 17, 9, 30, 2, 8]])
+RANKS = {r"h\.0\..*": 2, "mlp.c_fc": 7, "c_fc": 3}
+CASES = {
+    "gpt2 c_attn": (hf_gpt2, ("c_attn",), {}),
+    "gpt2 ranks": (hf_gpt2, "all-linear", dict(ranks=RANKS)),
+    "gpt2 rslora": (hf_gpt2, ("attn.c_proj", "mlp.c_fc"), dict(rslora=True, ranks={"c_fc": 9})),
+    "gpt2 above the size": (hf_gpt2, ("c_attn", "c_proj"), dict(r=40)),
+    "gpt2 embeddings": (lambda: hf_gpt2(tied=False), ("wte", "wpe", "c_attn"), dict(ranks={"wte": 5})),
+    "gpt2 regex": (hf_gpt2, r".*\.1\..*(c_attn|c_fc)", {}),
+    "llama q v": (hf_llama, ("q_proj", "v_proj"), {}),
+    "llama all": (hf_llama, "all-linear", dict(rslora=True, ranks={r"layers\.1\..*_proj": 2})),
+    "llama ends": (hf_llama, ("embed_tokens", "lm_head"), {}),
+    "gemma embeddings": (hf_gemma, ("embed_tokens", "q_proj"), {}),
+}
+
+
+def their_layers(model):
+    return {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if hasattr(m, "base_layer")}
+
+
+# -------------------------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whole_models_compute_what_pefts_do(case):
+    """Logits, the gradients of A, B and the input, and the logits after a merge are peft's, in fp64 to 1e-12."""
+    torch.manual_seed(0)
+    base, targets, options = CASES[case]
+    theirs, ours = pair(base().double(), targets, **options)
+    assert_noticeable(ours, IDS)
+    found, expected = lora.lora_parameters(ours), tensors(theirs)
+    assert found.keys() == expected.keys()
+    weights = torch.randn(2, 8, 64, dtype=torch.float64)  # of the logits in the sum, so that no gradient cancels
+    results = []
+    for model in (ours, theirs):
+        embeds = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        by_ids, by_embeds = model(input_ids=IDS).logits, model(inputs_embeds=embeds).logits
+        ((by_ids + by_embeds) * weights).sum().backward()
+        results.append([by_ids, by_embeds, embeds.grad])
+    gradients = [(p.grad, expected[n].grad) for n, p in found.items()]
+    assert all(g.abs().max() > 0 for g, _ in gradients)
+    # fp64 leaves some thousand roundings of 1.1e-16, which cancellation in the gradients may raise tenfold
+    for one, other in (*zip(*results, strict=True), *gradients):
+        assert_close(one, other, 1e-12)
+    theirs.merge_adapter()
+    merged = lora.merge_lora(ours)(IDS).logits
+    assert_close(merged, theirs(IDS).logits, 1e-12)
+    assert_close(merged, results[0][0], 1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layers_compute_what_pefts_do_in_fp32(case):
+    """Each layer's output, gradients (A, B, x) and merged weight equal peft's to 1e-6 of the largest value."""
+    torch.manual_seed(0)
+    base, targets, options = CASES[case]
+    theirs, ours = pair(base(), targets, **options)
+    layers = [list(lora.lora_layers(ours).items()), list(their_layers(theirs).items())]
+    results = []
+    for model, named in zip((ours, theirs), layers, strict=True):
+        found = []
+        for i, (_, layer) in enumerate(named):
+            torch.manual_seed(i)
+            n = getattr(layer.base_layer, "nx", None) or getattr(layer.base_layer, "in_features", 0)
+            x = torch.randn(2, 5, n, requires_grad=True) if n else torch.randint(len(layer.weight), (2, 5))
+            y = layer(x)
+            assert n == 0 or (y - layer.base_layer(x)).abs().max() >= 0.1 * y.abs().max()
+            inputs = [p for p in (x, *layer.parameters()) if p.requires_grad]
+            found += [y, *torch.autograd.grad(y, inputs, torch.randn_like(y))]
+        lora.merge_lora(model) if model is ours else model.merge_adapter()
+        results.append(found + [layer.weight for _, layer in named])
+    assert [name for name, _ in layers[0]] == [name for name, _ in layers[1]]
+    # sums of at most 200 products in another order: some ten roundings of 6e-8 each
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other, 1e-6)
+
+
+@pytest.mark.parametrize("base, targets", [(hf_gpt2, ("c_attn", "c_proj")), (hf_llama, "all-linear")])
+def test_dropout_is_pefts(base, targets):
+    """From the same seed, dropout takes the same elements as peft's, and the outputs in training are the same."""
+    torch.manual_seed(0)
+    theirs, ours = pair(base().double(), targets, dropout=0.3)
+    logits = {}
+    for name, model in (("ours", ours), ("theirs", theirs)):
+        model.train()
+        torch.manual_seed(1)
+        logits[name] = model(IDS).logits
+    assert_close(logits["ours"], logits["theirs"], 1e-12)  # as above
+    assert (logits["ours"] - ours.eval()(IDS).logits).abs().max() > 0.01 * logits["ours"].abs().max()
+
+
+def test_initial_factors_have_pefts_distribution():
+    """Both inits, and that of embeddings, have peft's deviation and range, also at a rank above the layer's size."""
+    torch.manual_seed(0)
+    for init, theirs_init in (("kaiming", True), ("gaussian", "gaussian")):
+        for r in (8, 40):
+            options = dict(r=r, target_modules=["c_attn", "wpe"], init_lora_weights=theirs_init, fan_in_fan_out=True)
+            theirs = tensors(peft.get_peft_model(hf_gpt2(), peft.LoraConfig(**options)))
+            ours = lora.lora_parameters(lora.add_lora(hf_gpt2(), ("c_attn", "wpe"), r=r, init=init))
+            assert ours.keys() == theirs.keys()
+            for name, p in ours.items():
+                one, other = p.detach(), theirs[name].detach()
+                if other.count_nonzero() == 0:
+                    assert one.count_nonzero() == 0, name
+                else:
+                    # deviations of n draws differ by √2 standard errors of 1/√(2n); 5 of them
+                    assert one.std().item() == pytest.approx(other.std().item(), rel=5 / one.numel() ** 0.5), name
+                    assert one.abs().max().item() == pytest.approx(other.abs().max().item(), rel=0.5), name
+
+
+# ---------------------------------------------------------------------------------------------------------------- names
+
+
+def tiny(name, **more):
+    """A small random model of one of transformers' architectures."""
+    sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    config = transformers.AutoConfig.for_model(name, **(sizes | more))
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        hf_gpt2,
+        hf_llama,
+        lambda: hf_llama(tied=True),
+        lambda: tiny("gpt_neox"),
+        lambda: tiny("opt", ffn_dim=24, word_embed_proj_dim=8, max_position_embeddings=32),
+        lambda: tiny("qwen2", num_key_value_heads=1),
+        lambda: tiny("phi"),
+    ],
+    ids=["gpt2", "llama", "llama tied", "gpt_neox", "opt", "qwen2", "phi"],
+)
+def test_all_linear_picks_pefts_layers(base):
+    """all-linear wraps the same layers as peft's, in one architecture after another, and has nothing to warn of."""
+    torch.manual_seed(0)
+    model = base()
+    config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = lora.add_lora(model)
+    assert lora.lora_layers(ours).keys() == their_layers(theirs).keys()
+    assert len(lora.lora_layers(ours)) >= 8
+
+
+def test_all_linear_warns_of_the_experts_of_a_mixture():
+    """Mixtral keeps its experts in tensors of three dimensions: all-linear wraps the attention and names the others."""
+    torch.manual_seed(0)
+    model = tiny("mixtral", num_key_value_heads=1, num_local_experts=2)
+    with pytest.warns(UserWarning, match=r"passes over .*layers\.\*\.mlp\.experts\.down_proj, .*experts\.gate_up_proj"):
+        lora.add_lora(model)
+    assert {name.split(".")[-1] for name in lora.lora_layers(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        *(["c_attn"], ["c_proj"], ["mlp.c_proj", "h.0.attn.c_attn"], ["transformer.h.1.mlp.c_fc"], ["attn"], ["fc"]),
+        *("c_attn", r".*c_attn", r".*(c_attn|c_fc)", r"transformer\.h\.1\..*c_proj", r"h\.1\..*", r"^.*wpe$"),
+    ],
+)
+def test_targets_mean_what_they_mean_to_peft(targets):
+    """A list or a string of targets names the layers that it names as peft's target_modules, or is refused as there."""
+    try:
+        theirs = set(their_layers(peft.get_peft_model(hf_gpt2(), peft.LoraConfig(target_modules=targets))))
+    except ValueError:
+        theirs = None
+    try:
+        ours = set(lora.lora_layers(lora.add_lora(hf_gpt2(), targets)))
+    except lora.Error:
+        ours = None
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        RANKS,
+        {"c_attn": 3, r".*": 5},
+        {r"transformer\.h\.0\.mlp\.c_fc": 3},
+        {r"mlp.c_(fc|proj)": 6, "c_proj": 2},
+        {r"h.1.*": 9},
+    ],
+)
+def test_ranks_mean_what_they_mean_to_peft(ranks):
+    """The ranks of single layers are those of peft's rank_pattern: the first key that matches counts."""
+    theirs = peft.get_peft_model(hf_gpt2(), peft.LoraConfig(target_modules="all-linear", r=4, rank_pattern=ranks))
+    ours = lora.add_lora(hf_gpt2(), r=4, ranks=ranks)
+    assert {n: p.shape for n, p in lora.lora_parameters(ours).items()} == {
+        n: p.shape for n, p in tensors(theirs).items()
+    }
+    assert {layer.scaling for layer in lora.lora_layers(ours).values()} != {4.0}
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def write(model, folder):
+    """The two files of an adapter, as train.py writes them."""
+    folder.mkdir()
+    save_file(lora.lora_state_dict(model), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(lora.lora_config(model)))
+
+
+def read(model, folder):
+    lora.add_lora(model, **lora.lora_arguments(json.loads((folder / "adapter_config.json").read_text())))
+    lora.load_lora_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    return model
+
+
+FILES = {
+    "list": (("c_attn", "mlp.c_proj"), {}),
+    "all-linear": ("all-linear", dict(rslora=True)),
+    "regex": (r".*\.h\.\d\.mlp\.c_.*", dict(dropout=0.1)),
+    "ranks": ("all-linear", dict(ranks={r"h\.0\..*": 2, "mlp.c_fc": 7})),
+    "embeddings": (("wte", "wpe", "c_attn"), dict(ranks={"wte": 5}, rslora=True)),
+    "tied head": (("lm_head", "wte", "c_attn"), {}),
+}
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A GPT of ours, and its folder, in which GPT2LMHeadModel finds the same weights."""
+    torch.manual_seed(0)
+    model = gpt.GPT(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    model.save_pretrained(tmp_path / "base")
+    return model, tmp_path / "base"
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_an_adapter_of_ours_opens_in_peft(case, base, tmp_path):
+    """An adapter trained on our GPT opens on GPT2LMHeadModel with peft: the same logits, and not one warning."""
+    model, folder = base
+    targets, options = FILES[case]
+    lora.add_lora(model, targets, r=4, **options).eval()
+    for p in lora.lora_parameters(model).values():
+        nn.init.normal_(p, std=0.3)
+    assert_noticeable(model, IDS)
+    write(model, tmp_path / "adapter")
+    hf = transformers.GPT2LMHeadModel.from_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
+        if case == "tied head":  # peft warns of any adapter on a tied layer, and of a linear layer beside a Conv1D
+            warnings.filterwarnings("ignore", "(?s).*(tie|fan_in_fan_out is set to True)")
+        opened = peft.PeftModel.from_pretrained(hf, tmp_path / "adapter")
+    # two implementations of the model in fp32: a hundred roundings of 6e-8
+    assert_close(model(IDS).logits, opened(IDS).logits, 1e-5)
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_an_adapter_of_pefts_opens_here(case, base, tmp_path):
+    """An adapter that peft saved on GPT2LMHeadModel opens here, on our GPT and on that model, with the same logits."""
+    model, folder = base
+    targets, options = FILES[case]
+    theirs, _ = pair(transformers.GPT2LMHeadModel.from_pretrained(folder), targets, **options)
+    theirs.save_pretrained(tmp_path / "adapter")
+    expected = theirs(IDS).logits
+    hf = transformers.GPT2LMHeadModel.from_pretrained(folder)
+    for ours in (read(model.eval(), tmp_path / "adapter"), read(hf, tmp_path / "adapter")):
+        assert_noticeable(ours, IDS)
+        assert_close(ours(IDS).logits, expected, 1e-5)  # as above
+
+
+def test_pefts_copy_of_an_embedding_table_is_no_obstacle(tmp_path):
+    """Beside LoRA on embed_tokens peft saves the frozen table itself; here it is passed over."""
+    torch.manual_seed(0)
+    model = hf_llama()
+    theirs, _ = pair(model, ("embed_tokens", "q_proj"))
+    theirs.save_pretrained(tmp_path / "adapter")
+    assert any("base_layer" in key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    ours = read(model.eval(), tmp_path / "adapter")
+    assert_noticeable(ours, IDS)
+    assert_close(ours(IDS).logits, theirs(IDS).logits, 1e-6)  # two layers in fp32, the same operations
+
+
+def test_a_merged_gpt_is_a_gpt2_checkpoint(base, tmp_path):
+    """Merged, removed and saved, our GPT is a GPT-2 checkpoint: GPT2LMHeadModel gives base and adapter's logits."""
+    model, _ = base
+    lora.add_lora(model)
+    for p in lora.lora_parameters(model).values():
+        nn.init.normal_(p, std=0.3)
+    assert_noticeable(model, IDS)
+    expected = model(IDS).logits
+    lora.remove_lora(lora.merge_lora(model)).save_pretrained(tmp_path / "merged")
+    hf = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "merged")
+    assert_close(hf(IDS).logits, expected, 1e-5)  # as above
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"alpha_pattern": {"c_attn": 3}},
+        {"layers_to_transform": [1]},
+        {"trainable_token_indices": [1, 2]},
+        {"lora_bias": True},
+    ],
+)
+def test_what_peft_saves_and_this_file_cannot_do_is_refused(options, tmp_path):
+    """A real peft adapter with more to it than LoRA is refused by its config, and not opened wrongly."""
+    config = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.get_peft_model(hf_gpt2(), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(lora.Error, match=next(iter(options))):
+        read(hf_gpt2(), tmp_path / "adapter")
+
+
+def test_every_field_of_pefts_config_is_known():
+    """Each field of this peft's LoraConfig is used, refused, or known not to change what the adapter computes."""
+    used = {"peft_type", "target_modules", "r", "lora_alpha", "lora_dropout", "rank_pattern", "use_rslora", "bias"}
+    used |= {"init_lora_weights", *lora.UNSUPPORTED}
+    harmless = {
+        "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+        "fan_in_fan_out",  # seen from the layer here
+        "layers_pattern", "qalora_group_size", "megatron_config", "megatron_core",  # of what is refused, or unused
+        "loftq_config", "eva_config", "corda_config", "lora_ga_config",  # of an init, which is refused where it matters
+        "velora_config",  # how activations are kept in training
+        "runtime_config", "ensure_weight_tying",  # not saved; two adapters that happen to be equal
+    }  # fmt: skip
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} == used | harmless
+
+
+# --------------------------------------------------------------------------------------------------------- other layers
+
+
+def test_bitsandbytes_layers_are_trained_but_not_merged():
+    """Over Linear4bit the output is that of W decoded plus the update; it trains, and a merge is refused."""
+    bnb = pytest.importorskip("bitsandbytes")
+    for storage in (torch.uint8, torch.bfloat16):
+        torch.manual_seed(0)
+        layer = bnb.nn.Linear4bit(64, 128, quant_type="nf4", quant_storage=storage)
+        weight = torch.randn(128, 64) * 0.1
+        layer.weight = bnb.nn.Params4bit(weight, quant_type="nf4", quant_storage=storage, module=layer)
+        model = lora.add_lora(nn.Sequential(layer).to("cpu"), r=4)
+        for p in lora.lora_parameters(model).values():
+            nn.init.normal_(p, std=0.3)
+        x = torch.randn(2, 5, 64, requires_grad=True)
+        W = bnb.functional.dequantize_4bit(layer.weight, layer.weight.quant_state).float()
+        update = 4 * model[0].lora_B.detach() @ model[0].lora_A.detach()
+        expected = F.linear(x, W + update, layer.bias).detach()
+        y = model(x)
+        assert (F.linear(x, update)).abs().max() >= 0.1 * y.abs().max()
+        assert_close(y.detach(), expected, 1e-5)  # fp32 sums of 64 terms of mixed sign
+        y.sum().backward()
+        assert all(p.grad.abs().max() > 0 for p in (x, model[0].lora_A, model[0].lora_B))
+        with pytest.raises(lora.Error, match="quantized weight"):
+            lora.merge_lora(model)
+        assert_close(model(x).detach(), expected, 1e-5)
+
+
+def test_a_tied_head_is_not_merged_where_peft_goes_wrong():
+    """On GPT-2's tied table a merge changes both ends, and peft's output with it; here the merge is refused."""
+    torch.manual_seed(0)
+    theirs, ours = pair(hf_gpt2(), ("wte",))
+    before = theirs(IDS).logits
+    theirs.merge_adapter()
+    assert (theirs(IDS).logits - before).abs().max() > 0.1 * before.abs().max()
+    with pytest.raises(lora.Error, match="transformer.wte shares its weight"):
+        lora.merge_lora(ours)
+
+
+def test_gradient_checkpointing_of_transformers():
+    """With transformers' own gradient checkpointing the gradients are those without it."""
+    torch.manual_seed(0)
+    _, ours = pair(hf_llama(), "all-linear")
+    inputs = list(lora.lora_parameters(ours).values())
+    ours.train()
+    plain = torch.autograd.grad(ours(IDS, labels=IDS).loss, inputs)
+    ours.gradient_checkpointing_enable({"use_reentrant": False})
+    assert ours.is_gradient_checkpointing
+    for one, other in zip(torch.autograd.grad(ours(IDS, labels=IDS).loss, inputs), plain, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_file_alone_works_on_transformers_models(tmp_path):
+    """Pasted into an empty folder, without nanopeft, lora.py wraps, trains and merges transformers' GPT-2."""
+    shutil.copy(Path(lora.__file__), tmp_path / "lora.py")
+    (tmp_path / "use.py").write_text(
+        "import sys\n"
+        "sys.modules['nanopeft'] = None\n"
+        "sys.path.insert(0, '.')\n"
+        "import torch, transformers\n"
+        "from lora import add_lora, lora_parameters, merge_lora, remove_lora\n"
+        "config = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)\n"
+        "model = add_lora(transformers.GPT2LMHeadModel(config).eval(), ('c_attn',), r=2)\n"
+        "ids = torch.arange(8)[None]\n"
+        "before = model(ids).logits\n"
+        "optimizer = torch.optim.SGD(lora_parameters(model).values(), lr=10)\n"
+        "model(ids, labels=ids).loss.backward()\n"
+        "optimizer.step()\n"
+        "after = model(ids).logits\n"
+        "merged = remove_lora(merge_lora(model))(ids).logits\n"
+        "print((after - before).abs().max().item(), (merged - after).abs().max().item(), after.abs().max().item())\n"
+    )
+    done = subprocess.run([sys.executable, "-I", "use.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    learned, difference, largest = map(float, done.stdout.split())
+    assert learned > 0.1 * largest
+    assert difference <= 1e-5 * largest  # as above
