@@ -151,14 +151,16 @@ def library():
 
 
 def reference():
-    """The topics of the language reference as (training, validation) texts; one in 10 is held out, by its name."""
+    """The topics of the language reference as (training, validation) texts; every fifth topic is held out.
+
+    Topics repeat one another: a paragraph that is held out is taken from the training side as well.
+    """
     from pydoc_data.topics import topics
 
-    train, valid = [], []
-    for name, text in topics.items():
-        held_out = zlib.crc32(name.encode()) % 10 == 0
-        (valid if held_out else train).append(text)
-    return train, valid
+    valid = [topics[name] for name in sorted(topics)[::5]]
+    held_out = {paragraph for text in valid for paragraph in text.split("\n\n")}
+    train = [[p for p in text.split("\n\n") if p not in held_out] for text in topics.values()]
+    return ["\n\n".join(paragraphs) for paragraphs in train if paragraphs], valid
 
 
 def modules():
