@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: MIT
+"""train.py as a user runs it, on a base of one small layer that is made here."""
+
+import json
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanopeft import data, gpt, lora
+
+SCRIPT = Path(__file__).parent.parent / "train.py"
+RESULT_KEYS = {
+    "method", "precision", "base", "data", "steps", "trained_parameters", "stored_parameters", "total_parameters",
+    "loss_before", "loss_after", "bits_per_byte_after", "accuracy_before", "accuracy_after", "tokens_per_second",
+    "peak_memory_bytes", "seconds", "python", "torch",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a small base, a text and a file of examples."""
+    folder = tmp_path_factory.mktemp("files")
+    encoding = data.load_tokenizer(gpt.find_checkpoint("nano"))
+    torch.manual_seed(0)
+    model = gpt.GPT(vocab_size=encoding.n_vocab, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    model.save_pretrained(folder / "base")
+    data.save_tokenizer(encoding, folder / "base")
+    (folder / "a.txt").write_text("".join(f"The number {i} comes before {i + 1}.\n\n" for i in range(300)))
+    examples = [(f"{i} is " + "really " * (i % 5), "odd" if i % 2 else "even") for i in range(60)]
+    (folder / "a.jsonl").write_text("\n".join(json.dumps({"prompt": p, "completion": c}) for p, c in examples))
+    return folder
+
+
+def train(monkeypatch, files, out, flags=""):
+    """Runs train.py in this process with quick settings and further flags in one string; returns result.json."""
+    command = f"--base {files}/base --data {files}/a.txt --steps 6 --batch 4 --length 32 --out {out} {flags}"
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command.split()])
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+            signal.signal(number, handler)
+    return json.loads((out / "result.json").read_text())
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_run_learns_and_leaves_its_files(monkeypatch, files, tmp_path, method, precision):
+    """Each method in each precision lowers the loss and leaves what was trained, the figures and the picture."""
+    flags = f"--method {method} --precision {precision} --steps 30 --lr 0.02"
+    result = train(monkeypatch, files, tmp_path, flags)
+    assert RESULT_KEYS <= result.keys()
+    assert result["loss_after"] < result["loss_before"] - 0.1
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    stored = load_file(tmp_path / ("model.safetensors" if method == "full" else "adapter_model.safetensors"))
+    assert result["stored_parameters"] == sum(t.numel() for t in stored.values()) == result["trained_parameters"]
+    narrow = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert {t.dtype for t in stored.values()} == {narrow if method == "full" else torch.float32}
+    assert not list(tmp_path.glob("*.new"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_moves_what_is_trained_and_nothing_else(monkeypatch, files, tmp_path, precision):
+    """After a LoRA run every base tensor has its bits, and every factor has moved from where its seed put it."""
+    seen = []
+    real = lora.add_lora
+
+    def spy(model, *args, **options):
+        seen.append((real(model, *args, **options), {k: v.clone() for k, v in model.state_dict().items()}))
+        return model
+
+    monkeypatch.setattr(lora, "add_lora", spy)
+    train(monkeypatch, files, tmp_path, f"--precision {precision}")
+    before, after = seen[0][1], seen[0][0].state_dict()
+    assert before.keys() == after.keys()
+    for name, value in after.items():
+        assert torch.equal(value, before[name]) != ("lora_" in name), name
+
+
+def test_full_training_moves_everything(monkeypatch, files, tmp_path):
+    """After a full run every tensor has moved."""
+    train(monkeypatch, files, tmp_path, "--method full")
+    before, after = (gpt.GPT.from_pretrained(folder).state_dict() for folder in (files / "base", tmp_path))
+    for name, value in after.items():
+        assert not torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("method, precision", [("lora", "fp32"), ("lora", "bf16"), ("full", "bf16"), ("full", "fp16")])
+def test_resuming_changes_no_bit(monkeypatch, files, tmp_path, method, precision):
+    """A run stopped by Ctrl-C after any step and resumed ends with the files of a run that was never stopped."""
+    flags = f"--method {method} --precision {precision}"
+    whole = train(monkeypatch, files, tmp_path / "whole", flags)
+
+    sample, calls = data.Text.sample, []
+
+    def stop_at_third(self, size):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return sample(self, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Text, "sample", stop_at_third)
+        with pytest.raises(SystemExit, match="--resume"):
+            train(patch, files, tmp_path / "parts", flags)
+    assert len(calls) == 3 and not (tmp_path / "parts" / "result.json").exists()
+    parts = train(monkeypatch, files, tmp_path / "parts", flags + " --resume")
+    for key in ("loss_before", "loss_after", "bits_per_byte_after", "trained_parameters"):
+        assert parts[key] == whole[key]
+    name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_resuming_another_run_is_refused(monkeypatch, files, tmp_path, capsys):
+    """--resume with other settings than the state's names the first that differs, and leaves the state alone."""
+    train(monkeypatch, files, tmp_path)
+    state = (tmp_path / "state.safetensors").read_bytes()
+    with pytest.raises(SystemExit) as end:
+        train(monkeypatch, files, tmp_path, "--resume --lr 0.5")
+    assert end.value.code == 2 and "lr = 0.005, not 0.5" in capsys.readouterr().err
+    assert (tmp_path / "state.safetensors").read_bytes() == state
+
+
+def test_resuming_without_a_state_starts(monkeypatch, files, tmp_path):
+    """--resume where nothing was saved yet is an ordinary start."""
+    assert train(monkeypatch, files, tmp_path, "--resume")["steps"] == 6
+
+
+def test_accumulation_weighs_tokens(monkeypatch, files, tmp_path):
+    """Four examples at once, or one by one with their unequal numbers of labelled tokens, give the same step.
+
+    The sums differ in their order alone; Adam's quotient turns a relative error of 1e-6 in the gradient into one of
+    about 1e-6 in the step, except where the gradient is near its ε; weights of one step are compared, to 1e-4 of lr.
+    """
+    kept = []
+    for batch, accumulate in ((4, 1), (1, 4)):
+        out = tmp_path / str(batch)
+        flags = f"--data {files}/a.jsonl --batch {batch} --accumulate {accumulate} --steps 1 --lr 0.01"
+        train(monkeypatch, files, out, flags)
+        kept.append(load_file(out / "adapter_model.safetensors"))
+    for name, value in kept[0].items():
+        assert (value - kept[1][name]).abs().max() < 1e-6, name
+
+
+def test_same_seed_same_bits(monkeypatch, files, tmp_path):
+    """Two runs with one seed agree to the bit, and another seed gives another adapter."""
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(monkeypatch, files, tmp_path / name, f"--seed {seed}")
+    a, b, c = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_text_from_what_was_trained(monkeypatch, files, tmp_path, capsys, method):
+    """--generate goes on from the prompt with the trained model, the same way each time."""
+    train(monkeypatch, files, tmp_path, f"--method {method}")
+    capsys.readouterr()
+    texts = []
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--generate", str(tmp_path), "--prompt", "The number 7"])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[0].startswith("The number 7") and len(texts[0]) > 20
+
+
+def test_trained_adapter_opens_again(monkeypatch, files, tmp_path):
+    """The saved adapter on a fresh base has the loss that the run ended with."""
+    result = train(monkeypatch, files, tmp_path, "--rank 3 --targets c_attn,mlp.c_proj --lr 0.05")
+    script = runpy.run_path(str(SCRIPT))
+    model, encoding = script["load_trained"](tmp_path, torch.float32, torch.device("cpu"))
+    valid = data.load(str(files / "a.txt"), encoding, 32)[1]
+    assert script["evaluate"](model, valid, torch.device("cpu"))[0] == pytest.approx(result["loss_after"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--base", "nowhere"], "no base 'nowhere'"),
+        (["--base", "{files}"], "config.json"),
+        (["--base", "scratch"], "--method full"),
+        (["--data", "nowhere.txt"], "no such file"),
+        (["--data", "tales"], "no data 'tales'"),
+        (["--data", "{empty}"], "empty"),
+        (["--data", "{latin}"], "UTF-8"),
+        (["--data", "{keys}"], "line 2"),
+        (["--data", "{short}"], "fewer than a block"),
+        (["--rank", "0"], "rank"),
+        (["--targets", "nothing"], "attn.c_attn"),
+        (["--targets", "ln_1"], "LayerNorm"),
+        (["--precision", "fp8"], "fp32"),
+        (["--device", "cuda"], "--device cuda"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--method", "magic"], "lora"),
+        (["--method", "full", "--rank", "4"], "--rank belongs"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--steps", "ten"], "--steps"),
+        (["--lr", "nan"], "--lr"),
+        (["--length", "65"], "64 positions"),
+        (["--generate", "{files}"], "config.json"),
+        (["--generate", "{files}/base", "--steps", "3"], "leave out"),
+        (["--prompt", "word " * 80], "tokens"),
+        (["--wrong"], "--wrong"),
+    ],
+)  # fmt: skip
+def test_bad_input_gives_one_line_and_code_2(monkeypatch, files, tmp_path, capsys, flags, says):
+    """Bad input of each kind ends with one line on stderr that says what is wrong, exit code 2, and nothing written."""
+    if torch.cuda.is_available() and flags == ["--device", "cuda"]:
+        pytest.skip("there is a GPU")
+    contents = {
+        "empty": ("e.txt", b""), "latin": ("l.txt", "é".encode("latin-1") * 500), "short": ("s.txt", b"a b c"),
+        "keys": ("k.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n'),
+    }  # fmt: skip
+    paths = {"files": files}
+    for key, (name, content) in contents.items():
+        paths[key] = tmp_path / name
+        paths[key].write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    command = [flag.format(**paths) for flag in flags]
+    quick = {"--base": f"{files}/base", "--data": f"{files}/a.txt", "--steps": "6", "--length": "32", "--out": "out"}
+    if "--generate" not in flags:
+        command += [word for flag, value in quick.items() if flag not in flags for word in (flag, value)]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    error = capsys.readouterr().err.strip().split("\r")[-1]
+    assert end.value.code == 2
+    assert says in error and "\n" not in error, error
+    assert not list((tmp_path / "out").glob("*")), "something was written"
+
+
+def test_the_command_line_itself(files, tmp_path):
+    """As a process of its own: a good run exits with 0, a bad one with 2 and a single line, without a traceback."""
+    command = [sys.executable, SCRIPT, "--base", files / "base", "--data", files / "a.txt", "--length", "32"]
+    good = ["--steps", "3", "--batch", "2", "--out", tmp_path]
+    done = subprocess.run([*command, *good], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "loss" in done.stdout and "sample after" in done.stdout
+    bad = subprocess.run([*command, "--steps", "-3"], capture_output=True, text=True)
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "Traceback" not in bad.stderr
