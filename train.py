@@ -184,7 +184,7 @@ def accuracy(model, examples, device):
     """Share of the examples whose completion, generated greedily after the prompt, is right to the letter."""
     model.eval()
     right = 0
-    for items in tqdm(examples.by_length(64), desc="accuracy", leave=False):
+    for items in tqdm(examples.by_length(32), desc="accuracy", leave=False):
         n = max(len(c) for _, c in items)
         prompts = [p[n - model.config.n_positions :] for p, _ in items]
         longest = max(map(len, prompts))

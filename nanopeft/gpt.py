@@ -324,11 +324,12 @@ def find_checkpoint(name_or_dir):
         files = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
         try:
             from huggingface_hub import snapshot_download
+            from huggingface_hub.errors import HTTPError  # of its HTTP client, whichever that is
 
             return Path(snapshot_download(HUB[name_or_dir], allow_patterns=files))
         except ImportError:
             where = "is on the Hugging Face hub: pip install 'nanopeft[hub]'"
-        except Exception as error:  # of many families: the hub's own, its HTTP client's, the system's
+        except (OSError, ValueError, HTTPError) as error:
             where = f"cannot be fetched from the Hugging Face hub ({type(error).__name__}): go online"
         raise Error(f"{name_or_dir} {where}, or give a folder that holds {', '.join(files)}")
     folder = Path(name_or_dir)

@@ -774,8 +774,13 @@ def test_tensors_that_do_not_fit(folder, change, match):
 # ----------------------------------------------------------------------------------------------------------------- hub
 
 
+class Timeout(Exception):
+    """As an HTTP client has it: no OSError."""
+
+
 def fake_hub(download):
-    return mock.patch.dict(sys.modules, huggingface_hub=types.SimpleNamespace(snapshot_download=download))
+    hub, errors = types.SimpleNamespace(snapshot_download=download), types.SimpleNamespace(HTTPError=Timeout)
+    return mock.patch.dict(sys.modules, {"huggingface_hub": hub, "huggingface_hub.errors": errors})
 
 
 @pytest.mark.parametrize("name", gpt.HUB)
@@ -786,10 +791,6 @@ def test_hub(folder, name):
         assert gpt.find_checkpoint(name) == folder
     owner = "distilbert" if name == "distilgpt2" else "openai-community"
     assert asked == [(f"{owner}/{name}", ["config.json", "merges.txt", "model.safetensors", "vocab.json"])]
-
-
-class Timeout(Exception):
-    """As an HTTP client has it: no OSError."""
 
 
 @pytest.mark.parametrize("error", [ConnectionError("no\nnetwork"), FileNotFoundError("offline"), Timeout("no\nanswer")])
