@@ -169,22 +169,22 @@ def modules():
     for package in PACKAGES:
         functions = {}
         for path, source in source_files(Path(sysconfig.get_path("stdlib"), package)).items():
-            functions[path] = [(f"{f[:600]}\n# module: ", package) for f in top_functions(source)]
+            functions[path] = [(f"{f[:800]}\n# module: ", package) for f in top_functions(source)]
         counts = [0, 0]
         for found in sorted(functions.values(), key=len, reverse=True):
-            side = counts[0] * 2 > counts[1] * 3  # largest file first, so that both sides get 3 : 2
+            side = counts[0] * 4 > counts[1] * 5  # largest file first, so that both sides get about 5 : 4
             (valid if side else train).extend(found)
             counts[side] += len(found)
     return train, valid
 
 
 def top_functions(source):
-    """The source of every function and method of two lines or more that is not inside another function."""
+    """The source of every function and method of three lines or more that is not inside another function."""
     lines, found, stack = source.splitlines(), [], [ast.parse(source)]
     while stack:
         for node in ast.iter_child_nodes(stack.pop()):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                if node.end_lineno > node.lineno:
+                if node.end_lineno - node.lineno >= 2:
                     found.append(textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])))
             elif isinstance(node, (ast.ClassDef, ast.If, ast.Try)):
                 stack.append(node)

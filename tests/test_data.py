@@ -118,7 +118,7 @@ def test_reference_is_split_by_topic():
 def test_modules_task():
     """`modules` has 1,500 functions or more to test on, a largest class under 25 %, and no file on both sides."""
     train, valid = data.modules()
-    assert len(valid) >= 1500 and len(train) >= 2000
+    assert len(valid) >= 1500 and len(train) >= 1900
     for side in (train, valid):
         counts = [sum(package == name for _, package in side) for name in data.PACKAGES]
         assert min(counts) > 0 and max(counts) / len(side) < 0.25
@@ -126,9 +126,9 @@ def test_modules_task():
 
 
 def test_top_functions_are_not_nested():
-    """Functions and methods are found through classes, if and try, one-liners and nested functions are not."""
+    """Functions and methods of three lines are found through classes, if and try; shorter or nested ones are not."""
     a = "def a(x):\n  def inner():\n    pass\n  return x\n"
-    b = "class B:\n  if 1:\n    def b(self):\n      pass\n  def c(self): pass\n"
+    b = "class B:\n  if 1:\n    def b(self):\n      x = 1\n      pass\n  def c(self):\n    pass\n"
     assert [f.split("(")[0] for f in data.top_functions(a + b)] == ["def a", "def b"]
 
 
