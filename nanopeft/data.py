@@ -25,8 +25,9 @@ import tiktoken
 import torch
 
 TASKS = ("library", "reference", "modules")
-# The packages that `modules` tells apart, in every Python and of more than one file each; `library` leaves them out
-PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "urllib", "xml")
+# The packages that `modules` tells apart: in every Python, and of files enough to be split. `library` leaves them out,
+# and http, whose five files have so little in common that one half says nothing of the other.
+PACKAGES = ("asyncio", "email", "importlib", "logging", "multiprocessing", "unittest", "urllib", "xml")
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 ENDOFTEXT = "<|endoftext|>"
 # GPT-2's cut of a text into words, which merges never cross.
@@ -144,7 +145,7 @@ def library():
     """
     train, valid = [*source_files(Path(numpy.__file__).parent).values()], []
     for path, source in source_files(Path(sysconfig.get_path("stdlib"))).items():
-        if path.split("/")[0] not in (*PACKAGES, "pydoc_data") and source:
+        if path.split("/")[0] not in (*PACKAGES, "http", "pydoc_data") and source:
             held_out = zlib.crc32(path.encode()) % 20 == 0
             (valid if held_out else train).append(source)
     return train, valid
@@ -172,7 +173,7 @@ def modules():
             functions[path] = [(f"{f[:800]}\n# module: ", package) for f in top_functions(source)]
         counts = [0, 0]
         for found in sorted(functions.values(), key=len, reverse=True):
-            side = counts[0] * 4 > counts[1] * 5  # largest file first, so that both sides get about 5 : 4
+            side = counts[0] > counts[1]  # largest file first, so that both sides get about half
             (valid if side else train).extend(found)
             counts[side] += len(found)
     return train, valid
