@@ -13,7 +13,7 @@ x, and the gradient still has to travel down to the lowest layer.
 
 Why it starts at B = 0: the product must be zero, so that training starts from the pretrained model. Then the gradient
 dA = s Bᵀ dyᵀ x is zero as well, while dB = s dyᵀ (x Aᵀ) is not: the first step moves B alone. If A and B were both
-zero, both gradients would be, for ever. Which of the two is zero is free; for embeddings it is A, as in the paper's code.
+zero, both gradients would be, for ever. Which of them is zero is free; for embeddings it is A, as in the paper's code.
 
 Why α / r: so that α and the learning rate need not be tuned anew for each r (the paper, section 4.1). But a step η of
 gradient descent on B changes W by s dB A = -η s² (dyᵀ x) AᵀA, and AᵀA grows like r: at s = α / r the change shrinks
