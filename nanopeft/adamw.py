@@ -35,6 +35,31 @@ class Error(ValueError):
     """Wrong use of AdamW; the message says what would be right."""
 
 
+def update(theta, g, m, v, t, grad_scale, lr, betas, eps, weight_decay, decoupled):
+    """Step number t of Adam(W), in place on θ, m and v, which have one type; g may be narrower."""
+    b1, b2 = betas
+    g = g.to(theta.dtype)
+    if grad_scale != 1:
+        g = g * grad_scale
+    if weight_decay and decoupled:
+        theta.mul_(1 - lr * weight_decay)  # AdamW: θ = (1 - lr λ) θ
+    elif weight_decay:
+        g = g.add(theta, alpha=weight_decay)  # Adam + L2: g = g + λ θ
+    m.lerp_(g, 1 - b1)  # m = β1 m + (1 - β1) g
+    v.mul_(b2).addcmul_(g, g, value=1 - b2)  # v = β2 v + (1 - β2) g²
+    c = math.sqrt(1 - b2**t)  # √(v / (1 - β2^t)) + ε = (√v + c ε) / c: dividing numbers, not tensors, by c
+    theta.addcdiv_(m, v.sqrt().add_(eps * c), value=-lr * c / (1 - b1**t))  # θ = θ - lr c / (1 - β1^t) · m / (√v + c ε)
+
+
+def chunks(*tensors):
+    """Contiguous tensors of one size, cut alike: all operations on a piece but the first find it in the cache.
+
+    That halves the time of a step over whole tensors; a kernel with all operations in one loop would halve it again.
+    """
+    size = CHUNK * (torch.get_num_threads() if tensors[0].is_cpu else 1024)  # a GPU: just to keep temporaries small
+    return zip(*(x.view(-1).split(size) for x in tensors)) if tensors[0].numel() > size else [tensors]
+
+
 class AdamW(torch.optim.Optimizer):
     """lr: step size. betas: (β1, β2). eps: ε, added after the root. weight_decay: λ. decoupled: AdamW, else Adam + L2.
 
@@ -80,10 +105,14 @@ class AdamW(torch.optim.Optimizer):
                     if wide != p.dtype:
                         state["master"] = p.to(wide).contiguous()
                 state["step"] += 1
-                theta = p.contiguous()  # p itself, or a copy of it if its strides are unusual
-                update(theta, p.grad.contiguous(), state, grad_scale, **settings)
-                if theta is not p:
-                    p.copy_(theta)
+                whole = p.contiguous()  # p itself, or a copy of it if its strides are unusual
+                master = state.get("master", whole)
+                for theta, g, m, v, rounded in chunks(master, p.grad.contiguous(), state["m"], state["v"], whole):
+                    update(theta, g, m, v, state["step"], grad_scale, **settings)
+                    if master is not whole:
+                        rounded.copy_(theta)
+                if whole is not p:
+                    p.copy_(whole)
         return loss
 
     def load_state_dict(self, state_dict):
@@ -98,32 +127,6 @@ class AdamW(torch.optim.Optimizer):
             if {k: getattr(x, "shape", ()) for k, x in saved.items()} != needed:
                 raise Error(f"the state of parameter {i} must be {set(needed)} of {p.shape}, not {saved.keys()}")
             self.state[p] = {k: x.to(p.device, copy=True) if torch.is_tensor(x) else x for k, x in saved.items()}
-
-
-def update(p, g, state, grad_scale, lr, betas, eps, weight_decay, decoupled):
-    """One Adam(W) step on a contiguous parameter, in place.
-
-    Chunk by chunk, so that each number comes from memory once and the other operations on it find it in the cache.
-    """
-    (b1, b2), t = betas, state["step"]
-    c = math.sqrt(1 - b2**t)  # √(v / (1 - β2^t)) + ε = (√v + c ε) / c: one operation less on each chunk
-    tensors = (state.get("master", p), p, g, state["m"], state["v"])
-    size = CHUNK * (torch.get_num_threads() if p.is_cpu else 1024)  # elsewhere a chunk only bounds the temporaries
-    chunks = zip(*(x.view(-1).split(size) for x in tensors)) if p.numel() > size else [tensors]
-    for theta, rounded, g, m, v in chunks:
-        g = g.to(theta.dtype)
-        if grad_scale != 1:
-            g = g * grad_scale
-        if weight_decay and decoupled:
-            theta.mul_(1 - lr * weight_decay)  # AdamW: θ = (1 - lr λ) θ
-        elif weight_decay:
-            g = g.add(theta, alpha=weight_decay)  # Adam + L2: g = g + λ θ
-        m.lerp_(g, 1 - b1)  # m = β1 m + (1 - β1) g
-        v.mul_(b2).addcmul_(g, g, value=1 - b2)  # v = β2 v + (1 - β2) g²
-        root = v.sqrt().add_(eps * c)  # √v + c ε
-        theta.addcdiv_(m, root, value=-lr * c / (1 - b1**t))  # θ = θ - lr · c m / (1 - β1^t) / (√v + c ε)
-        if "master" in state:
-            rounded.copy_(theta)
 
 
 if __name__ == "__main__":

@@ -137,8 +137,10 @@ def test_larger_than_a_chunk():
     [lambda x: x.transpose(0, 3), lambda x: x[:, ::2], lambda x: x.to(memory_format=torch.channels_last), lambda x: x],
     ids=["transposed", "every second", "channels last", "contiguous"],
 )
-def test_any_strides(view, dtype):
+@pytest.mark.parametrize("chunk", [adamw.CHUNK, 50], ids=["one piece", "cut"])
+def test_any_strides(view, dtype, chunk, monkeypatch):
     """A parameter or gradient that is not contiguous is updated like its contiguous copy, and stays where it is."""
+    monkeypatch.setattr(adamw, "CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)
     odd = torch.nn.Parameter(view(torch.randn(4, 6, 2, 8, generator=generator).to(dtype)))
     plain = torch.nn.Parameter(odd.detach().clone(memory_format=torch.contiguous_format))
