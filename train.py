@@ -66,7 +66,7 @@ def arguments():
     add("--lr", type=float, help=f"peak of the learning rate ({LEARNING_RATE})")
     add("--weight-decay", type=float, default=0.0, help="of the weight matrices (0)")
     add("--clip", type=float, default=1.0, help="largest norm of a gradient (1)")
-    add("--seed", type=int, default=0, help="of initialization, batches and dropout (0)")
+    add("--seed", type=int, default=0, help="of initialization, batches and samples (0)")
     cuda = torch.cuda.is_available()
     add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda, cuda:1, mps (cuda if there is one)")
     add("--compile", action="store_true", help="torch.compile each decoder block")
@@ -79,8 +79,9 @@ def arguments():
 
     # A flag works or is refused
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    if args.generate and given - {"generate", "prompt", "precision", "device", "seed"}:
-        raise Error(f"--generate does not train: leave out {', '.join(sorted(given - {'generate', 'prompt'}))}")
+    idle = given - {"generate", "prompt", "precision", "device", "seed"}
+    if args.generate and idle:
+        raise Error(f"--generate does not train: leave out {', '.join(sorted(idle))}")
     if args.method != "lora" and given & LORA.keys():
         raise Error(f"--{min(given & LORA.keys())} belongs to --method lora")
     if args.base == "scratch" and args.method != "full":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Text for the runs: three tasks made from the Python that is running, .txt and .jsonl files, tokenizers, batches.
 
-    library     the standard library's source: what the embedded base was pretrained on
+    library     the source of the standard library and of numpy: what the embedded base was pretrained on
     reference   the language reference in English, from pydoc_data: how a model of code learns to write prose
     modules     a function's source, then "# module: ", and the model writes the package that the function comes from
     x.txt       one text; its last tenth is held out
@@ -25,8 +25,8 @@ import tiktoken
 import torch
 
 TASKS = ("library", "reference", "modules")
-# The packages that `modules` tells apart: in every Python, and of files enough to be split. `library` leaves them out,
-# and http, whose five files have so little in common that one half says nothing of the other.
+# The packages that `modules` tells apart, in every Python. Not http: its five files have so little in common that one
+# half says nothing of the other. `library` leaves out these and http, as it did when the base was pretrained.
 PACKAGES = ("asyncio", "email", "importlib", "logging", "multiprocessing", "unittest", "urllib", "xml")
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 ENDOFTEXT = "<|endoftext|>"

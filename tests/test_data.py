@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
 import json
-import math
 import time
 
 import pytest
@@ -174,15 +173,6 @@ def test_examples_score_the_completion_alone(pairs, length):
         assert row[:at] == context[-at:] and at >= 1
         cut += len(context) + len(whole) > length
     assert examples.cut == cut
-
-
-def test_bits_per_byte_is_about_text():
-    """A uniform model costs log2(V) bits a token, end-of-text included, spread over the bytes of the text."""
-    text = data.Text([TEXT], ENCODING, 64)
-    tokens = sum(labels[:, 1:].numel() for _, labels in text.batches(8))
-    nats = tokens * math.log(ENCODING.n_vocab)
-    assert text.bytes() == len(TEXT.encode())
-    assert nats / math.log(2) / text.bytes() == pytest.approx(tokens * math.log2(ENCODING.n_vocab) / len(TEXT))
 
 
 # --------------------------------------------------------------------------------------------------------------- files

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from nanopeft import gpt
 
 BASE = Path(gpt.__file__).parent / "base"
-needs_base = pytest.mark.skipif(not (BASE / "model.safetensors").exists(), reason="the base is not trained yet")
 
 often = settings(deadline=None, max_examples=40)
 
@@ -817,7 +816,6 @@ def test_folder_goes_before_hub(folder, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------- base
 
 
-@needs_base
 def test_base():
     """The base loads by default, its every parameter finite, and knows Python: far under the loss of guessing."""
     model = gpt.GPT.from_pretrained()

@@ -2,6 +2,7 @@
 """train.py as a user runs it, on a base of one small layer that is made here."""
 
 import json
+import math
 import runpy
 import signal
 import subprocess
@@ -32,7 +33,7 @@ def files(tmp_path_factory):
     model.save_pretrained(folder / "base")
     data.save_tokenizer(encoding, folder / "base")
     (folder / "a.txt").write_text("".join(f"The number {i} comes before {i + 1}.\n\n" for i in range(300)))
-    examples = [(f"{i} is " + "really " * (i % 5), "odd" if i % 2 else "even") for i in range(60)]
+    examples = [(f"{i} is " + "really " * (i % 5), "odd" if i % 2 else "even, and two divides it") for i in range(60)]
     (folder / "a.jsonl").write_text("\n".join(json.dumps({"prompt": p, "completion": c}) for p, c in examples))
     return folder
 
@@ -134,19 +135,20 @@ def test_resuming_without_a_state_starts(monkeypatch, files, tmp_path):
 
 
 def test_accumulation_weighs_tokens(monkeypatch, files, tmp_path):
-    """Four examples at once, or one by one with their unequal numbers of labelled tokens, give the same step.
+    """Four examples at once, or one by one with their unequal numbers of labelled tokens, give the same gradient.
 
-    The sums differ in their order alone; Adam's quotient turns a relative error of 1e-6 in the gradient into one of
-    about 1e-6 in the step, except where the gradient is near its ε; weights of one step are compared, to 1e-4 of lr.
+    Compared is Adam's m after one step, a tenth of the gradient: only the order of sums in fp32 differs, by some ten
+    roundings of 2⁻²³ of the largest, 2e-6. The step itself would not do: its quotient makes noise of a zero gradient.
     """
     kept = []
     for batch, accumulate in ((4, 1), (1, 4)):
         out = tmp_path / str(batch)
-        flags = f"--data {files}/a.jsonl --batch {batch} --accumulate {accumulate} --steps 1 --lr 0.01"
+        flags = f"--data {files}/a.jsonl --batch {batch} --accumulate {accumulate} --steps 1"
         train(monkeypatch, files, out, flags)
-        kept.append(load_file(out / "adapter_model.safetensors"))
+        kept.append({key: t for key, t in load_file(out / "state.safetensors").items() if key.startswith("m ")})
+    assert len(kept[0]) == 16 and any(t.any() for t in kept[0].values())
     for name, value in kept[0].items():
-        assert (value - kept[1][name]).abs().max() < 1e-6, name
+        assert (value - kept[1][name]).abs().max() <= 2e-6 * value.abs().max(), name
 
 
 def test_same_seed_same_bits(monkeypatch, files, tmp_path):
@@ -177,6 +179,24 @@ def test_trained_adapter_opens_again(monkeypatch, files, tmp_path):
     model, encoding = script["load_trained"](tmp_path, torch.float32, torch.device("cpu"))
     valid = data.load(str(files / "a.txt"), encoding, 32)[1]
     assert script["evaluate"](model, valid, torch.device("cpu"))[0] == pytest.approx(result["loss_after"], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_bits_per_byte_is_about_text(files, name):
+    """A model that knows nothing costs ln V nats a scored token, end-of-text included, spread over the scored bytes.
+
+    The head's weights are zero, so that all V logits are. A few hundred sums in fp32 are good to 1e-5.
+    """
+    encoding = data.load_tokenizer(files / "base")
+    model = gpt.GPT(vocab_size=encoding.n_vocab, n_positions=64, n_embd=8, n_layer=1, n_head=1)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    valid = data.load(str(files / name), encoding, 32)[1]
+    scored = torch.cat([labels[:, 1:].flatten() for _, labels in valid.batches(8)])
+    ids = [i for i in scored.tolist() if i != -100]
+    text = encoding.decode([i for i in ids if i != encoding.eot_token])
+    nats, bits = runpy.run_path(str(SCRIPT))["evaluate"](model, valid, torch.device("cpu"))
+    assert nats == pytest.approx(math.log(encoding.n_vocab), rel=1e-5)
+    assert bits == pytest.approx(len(ids) * math.log2(encoding.n_vocab) / len(text.encode()), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from transformers.pytorch_utils import Conv1D
 from nanopeft import gpt
 
 BASE = Path(gpt.__file__).parent / "base"
-needs_base = pytest.mark.skipif(not (BASE / "model.safetensors").exists(), reason="the base is not trained yet")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -106,7 +105,6 @@ def test_every_chunk_size(rows):
     same_training(hf, ours, ids, ids, torch.float64, rows)
 
 
-@needs_base
 @pytest.mark.parametrize("dtype", BOUND)
 def test_training_of_the_base(dtype):
     """On the embedded base too logits, loss and all gradients are transformers'."""
@@ -116,7 +114,6 @@ def test_training_of_the_base(dtype):
     same_training(hf, ours, ids, ids.masked_fill(torch.rand(2, 40) < 0.3, -100), dtype, rows=13)
 
 
-@needs_base
 def test_base_opens_in_transformers():
     """The embedded base is a GPT-2 checkpoint: transformers opens its model, and its tokenizer gives our token ids."""
     from nanopeft import data
