@@ -2,8 +2,9 @@
 """Fine-tunes a GPT with the method of your choice and shows what happened.
 
     python train.py --method lora --precision bf16              the language reference, in about a minute
-    python train.py --method lora --data modules                which package does this function come from?
+    python train.py --method prefix --data modules              which package does this function come from?
     python train.py --method full --base gpt2 --data mine.txt   your text, and a model from the hub
+    python train.py --method all --data modules                 every method, one table and one figure
     python train.py --method lora --resume                      go on where an interrupted run stopped
     python train.py --generate out/lora --prompt "The import"   text from what was trained
 
@@ -19,6 +20,7 @@ import math
 import os
 import platform
 import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -30,16 +32,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from nanopeft import adamw, data, gpt, lora
+from nanopeft import adamw, adapter, data, gpt, lora, prefix, prompt, ptuning
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LEARNING_RATE = {"full": 1e-3, "lora": 5e-3}
-LORA = {"rank": 8, "alpha": 16.0, "targets": "all-linear"}
+METHODS = {  # the options of each, and their defaults
+    "full": {"lr": 1e-3},
+    "lora": {"lr": 5e-3, "rank": 8, "alpha": 16.0, "targets": "all-linear"},
+    "adapter": {"lr": 2e-3, "placement": "pfeiffer", "reduction": 8},
+    "fusion": {"lr": 1e-3, "adapters": None},
+    "prefix": {"lr": 1e-2, "tokens": 20, "hidden": None},
+    "prompt": {"lr": 3e-2, "tokens": 20, "init": "vocabulary"},
+    "ptuning": {"lr": 3e-3, "tokens": None, "encoder": "lstm", "template": None},
+}
 
 
 class Error(ValueError):
     """A run that cannot be done as asked; the message says what would be right."""
 
+
+ERRORS = (Error, *(part.Error for part in (adamw, adapter, data, gpt, lora, prefix, prompt, ptuning)))
 
 # ----------------------------------------------------------------------------------------------------------- arguments
 
@@ -48,22 +59,36 @@ def refuse(message):
     raise Error(f"{message}; --help shows all options")
 
 
+def default(method, option):
+    return f"({METHODS[method][option]})"
+
+
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse  # one line instead of the whole usage
     add = parser.add_argument
-    add("--method", choices=[*LEARNING_RATE], default="lora", help="what is trained (lora)")
+    rates = ", ".join(f"{method} {options['lr']:g}" for method, options in METHODS.items())
+    add("--method", choices=[*METHODS, "all"], default="lora", help="what is trained; all: one after another (lora)")
     add("--precision", choices=[*DTYPES], default="fp32", help="type of the base's weights and the arithmetic (fp32)")
     add("--base", default="nano", help=f"nano, scratch (nano untrained), a folder, {', '.join(gpt.HUB)} (nano)")
     add("--data", default="reference", help=f"{', '.join(data.TASKS)}, or a .txt or .jsonl file (reference)")
-    add("--rank", type=int, help=f"lora: rank r of the update ({LORA['rank']})")
-    add("--alpha", type=float, help=f"lora: the update is scaled by alpha / r ({LORA['alpha']:g})")
-    add("--targets", help=f"lora: ends of layer names, with commas between ({LORA['targets']})")
+    add("--rank", type=int, help=f"lora: rank r of the update {default('lora', 'rank')}")
+    add("--alpha", type=float, help=f"lora: the update is scaled by alpha / r {default('lora', 'alpha')}")
+    add("--targets", help=f"lora: ends of layer names, with commas between {default('lora', 'targets')}")
+    where = "houlsby, in both sublayers, or pfeiffer, at the block"
+    add("--placement", choices=["houlsby", "pfeiffer"], help=f"adapter: {where} {default('adapter', 'placement')}")
+    add("--reduction", type=int, help=f"adapter: the bottleneck is width / reduction {default('adapter', 'reduction')}")
+    add("--adapters", nargs="+", metavar="FOLDER", help="fusion: what earlier runs of --method adapter left")
+    add("--tokens", type=int, help=f"prefix, prompt, ptuning: how many are trained {default('prefix', 'tokens')}")
+    add("--hidden", type=int, help="prefix: width of an MLP to train it through (none)")
+    add("--init", help=f"prompt: random, vocabulary, labels, or a text to start from {default('prompt', 'init')}")
+    add("--encoder", choices=["lstm", "mlp"], help=f"ptuning: what makes the vectors {default('ptuning', 'encoder')}")
+    add("--template", help='ptuning: where the vectors go, as in "[P][P]{source}[P]" (in front)')
     add("--steps", type=int, default=300, help="optimizer steps (300)")
     add("--batch", type=int, default=16, help="examples in a micro-batch (16)")
     add("--accumulate", type=int, default=1, help="micro-batches in a step (1)")
     add("--length", type=int, help="tokens in an example, at most (128, and 256 for modules and .jsonl)")
-    add("--lr", type=float, help=f"peak of the learning rate ({LEARNING_RATE})")
+    add("--lr", type=float, help=f"peak of the learning rate ({rates})")
     add("--weight-decay", type=float, default=0.0, help="of the weight matrices (0)")
     add("--clip", type=float, default=1.0, help="largest norm of a gradient (1)")
     add("--seed", type=int, default=0, help="of initialization, batches and samples (0)")
@@ -82,8 +107,13 @@ def arguments():
     idle = given - {"generate", "prompt", "precision", "device", "seed"}
     if args.generate and idle:
         raise Error(f"--generate does not train: leave out {', '.join(sorted(idle))}")
-    if args.method != "lora" and given & LORA.keys():
-        raise Error(f"--{min(given & LORA.keys())} belongs to --method lora")
+    options = METHODS.get(args.method, {})
+    for name in sorted(given):
+        owners = [method for method in METHODS if name in METHODS[method]]
+        if owners and args.method not in owners:
+            raise Error(f"--{name} belongs to --method {', '.join(owners)}")
+    if args.method == "fusion" and not args.adapters and not args.generate:
+        raise Error("--method fusion needs --adapters: folders that runs of --method adapter left")
     if args.base == "scratch" and args.method != "full":
         raise Error("--base scratch has learned nothing that could be kept frozen: use --method full")
     if args.length is None:
@@ -102,11 +132,9 @@ def arguments():
         raise Error(f"--device {args.device} with --precision {args.precision} does not work here: {reason}") from None
 
     args.out = args.out or f"out/{args.method}"
-    args.lr = LEARNING_RATE[args.method] if args.lr is None else args.lr
-    if args.method == "lora":
-        for name in LORA:
-            setattr(args, name, LORA[name] if getattr(args, name) is None else getattr(args, name))
-    return args
+    for name, value in options.items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    return args, given
 
 
 # ---------------------------------------------------------------------------------------------------- base and method
@@ -125,17 +153,67 @@ def load_base(base, encoding, dtype, device):
     return gpt.GPT.from_pretrained(base, dtype).to(device)
 
 
+def attach(model, args, encoding, train):
+    """The model with what the method trains; all else is frozen."""
+    if args.method == "lora":
+        targets = args.targets if args.targets == "all-linear" else args.targets.split(",")
+        return lora.add_lora(model, targets, r=args.rank, alpha=args.alpha)
+    if args.method == "adapter":
+        return adapter.add_adapter(model, placement=args.placement, reduction=args.reduction)
+    if args.method == "fusion":
+        return adapter.add_fusion(model, [read_adapter(Path(folder)) for folder in args.adapters])
+    if args.method == "prefix":
+        return prefix.PrefixTuning(model, args.tokens, hidden=args.hidden)
+    if args.method == "prompt":
+        init = args.init
+        if init == "labels" and isinstance(train, data.Examples):
+            init = [i for text in sorted({tuple(c) for _, c in train.items}) for i in text if i != train.pad]
+        elif init not in ("random", "vocabulary"):
+            init = encoding.encode_ordinary(init)
+        return prompt.PromptTuning(model, args.tokens, init=init)
+    if args.method == "ptuning":
+        return ptuning.PTuning(model, args.tokens, encoder=args.encoder, template=args.template)
+    return model
+
+
+def trained_files(model, method):
+    """(state, config): what was trained, in peft's format."""
+    if method == "lora":
+        return lora.lora_state_dict(model), lora.lora_config(model)
+    if method == "adapter":
+        return adapter.adapter_state_dict(model), adapter.adapter_config(model)
+    if method == "fusion":
+        return adapter.fusion_state_dict(model), adapter.fusion_config(model)
+    if method == "prefix":
+        return prefix.prefix_state_dict(model), prefix.prefix_config(model)
+    if method == "prompt":
+        return prompt.prompt_state_dict(model), prompt.prompt_config(model)
+    return ptuning.ptuning_state_dict(model), ptuning.ptuning_config(model)
+
+
 def save_trained(model, encoding, args, folder):
-    """What was trained, in the format of its peers; the number of parameters stored."""
+    """Writes what was trained, full: a GPT-2 checkpoint; (parameters, bytes) on the disk."""
     if args.method == "full":
         model.save_pretrained(folder)
         data.save_tokenizer(encoding, folder)
-        return sum(p.numel() for p in model.parameters())
-    state = {key: p.cpu().contiguous() for key, p in lora.lora_state_dict(model).items()}
-    config = lora.lora_config(model) | {"base_model_name_or_path": args.base}
+        files = ("config.json", "model.safetensors", "vocab.json", "merges.txt")
+        return sum(p.numel() for p in model.parameters()), sum((folder / name).stat().st_size for name in files)
+    state, config = trained_files(model, args.method)
+    state = {key: p.cpu().contiguous() for key, p in state.items()}
+    config = config | {"base_model_name_or_path": args.base}
     write(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
     write(folder / "adapter_model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
-    return sum(p.numel() for p in state.values())
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    return sum(p.numel() for p in state.values()), sum((folder / name).stat().st_size for name in files)
+
+
+def read_adapter(folder):
+    """(config, state) of what save_trained wrote."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        return config, load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise Error(f"{folder} holds no adapter: {error}") from None
 
 
 def load_trained(folder, dtype, device):
@@ -143,19 +221,41 @@ def load_trained(folder, dtype, device):
     if not (folder / "adapter_config.json").exists():
         encoding = load_tokenizer(str(folder))
         return load_base(str(folder), encoding, dtype, device), encoding
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-        state = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise Error(f"{folder} holds no adapter: {error}") from None
-    settings = lora.lora_arguments(config)
+    config, state = read_adapter(folder)
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind == "BOTTLENECK_ADAPTER":
+        read, add, load = adapter.adapter_arguments, adapter.add_adapter, adapter.load_adapter_state_dict
+    elif kind == "ADAPTER_FUSION":
+        read, add, load = adapter.fusion_arguments, adapter.add_fusion, adapter.load_fusion_state_dict
+    elif kind == "PREFIX_TUNING":
+        read, add, load = prefix.prefix_arguments, prefix.PrefixTuning, prefix.load_prefix_state_dict
+    elif kind == "PROMPT_TUNING":
+        read, add, load = prompt.prompt_arguments, prompt.PromptTuning, prompt.load_prompt_state_dict
+    elif kind in ("P_TUNING", "P_TUNING_TEMPLATE"):
+        read, add, load = ptuning.ptuning_arguments, ptuning.PTuning, ptuning.load_ptuning_state_dict
+    else:
+        read, add, load = lora.lora_arguments, lora.add_lora, lora.load_lora_state_dict
+    settings = read(config)
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str):
         raise Error(f"{folder / 'adapter_config.json'} does not say which base it is for: base_model_name_or_path")
     encoding = load_tokenizer(base)
-    model = lora.add_lora(load_base(base, encoding, dtype, device), **settings)
-    lora.load_lora_state_dict(model, state)
+    model = add(load_base(base, encoding, dtype, device), **settings)
+    load(model, state)
     return model, encoding
+
+
+def fill(model, ids, encoding):
+    """A prompt's token ids, end-of-text first, with the text and the slots of P-tuning's template around it."""
+    if getattr(model, "template", None) is None:
+        return ids
+    return [*ids[:1], *model.fill(ids[1:], encoding.encode_ordinary)]
+
+
+def room(model):
+    """How many tokens may be given to the model: those in front of the input take positions too."""
+    in_front = 0 if getattr(model, "template", None) else getattr(model, "n_tokens", 0)
+    return model.config.n_positions - in_front
 
 
 def write(path, content):
@@ -187,7 +287,7 @@ def accuracy(model, examples, device):
     right = 0
     for items in tqdm(examples.by_length(32), desc="accuracy", leave=False):
         n = max(len(c) for _, c in items)
-        prompts = [p[n - model.config.n_positions :] for p, _ in items]
+        prompts = [p[n - room(model) :] for p, _ in items]
         longest = max(map(len, prompts))
         ids = torch.tensor([[examples.pad] * (longest - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -197,18 +297,18 @@ def accuracy(model, examples, device):
     return right / len(examples.items)
 
 
-def sample(model, encoding, prompt, device, seed):
-    """The prompt and what the model makes of it, up to 80 tokens drawn from the 20 likeliest at each place."""
+def sample(model, encoding, text, device, seed):
+    """The text and what the model makes of it, up to 80 tokens drawn from the 20 likeliest at each place."""
     model.eval()
-    ids = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
-    room = model.config.n_positions - len(ids)
-    if room < 1:
-        raise Error(f"--prompt has {len(ids)} tokens; {model.config.n_positions - 1} are the most")
+    ids = fill(model, [encoding.eot_token, *encoding.encode_ordinary(text)], encoding)
+    left = room(model) - len(ids)
+    if left < 1:
+        raise Error(f"--prompt has {len(ids)} tokens; {room(model) - 1} are the most")
     ids = torch.tensor([ids], device=device)
     torch.manual_seed(seed)
-    ids = gpt.generate(model, ids, min(80, room), temperature=0.8, top_k=20, eos_token_id=encoding.eot_token)
+    ids = gpt.generate(model, ids, min(80, left), temperature=0.8, top_k=20, eos_token_id=encoding.eot_token)
     model.train()
-    return encoding.decode([i for i in ids[0].tolist() if i != encoding.eot_token])
+    return encoding.decode([i for i in ids[0].tolist() if i < encoding.eot_token])
 
 
 def memory(device):
@@ -269,7 +369,9 @@ def load_state(path, settings, params, optimizer):
 
 
 def main():
-    args = arguments()
+    args, given = arguments()
+    if args.method == "all":
+        return compare(args, given)
     dtype, device = DTYPES[args.precision], torch.device(args.device)
     if args.generate:
         model, encoding = load_trained(Path(args.generate), dtype, device)
@@ -284,21 +386,28 @@ def main():
     train, valid = data.load(args.data, encoding, args.length)
     if train.cut + valid.cut:
         print(f"{train.cut + valid.cut:,} examples have more than {args.length} tokens and were cut")
-    prompt = args.prompt if args.prompt is not None else valid.opening()
+    text = args.prompt if args.prompt is not None else valid.opening()
 
     # Base
     memory_before, _ = memory(device)
-    model = load_base(args.base, encoding, dtype, device)
-    if args.length > model.config.n_positions:
-        raise Error(f"--length {args.length} is more than the {model.config.n_positions} positions of {args.base}")
+    base = load_base(args.base, encoding, dtype, device)
+    base_parameters = sum(p.numel() for p in base.parameters())
 
     # Method
-    if args.method == "lora":
-        targets = args.targets if args.targets == "all-linear" else args.targets.split(",")
-        lora.add_lora(model, targets, r=args.rank, alpha=args.alpha)
+    model = attach(base, args, encoding, train)
+    if getattr(model, "template", None) is not None:
+        if isinstance(train, data.Text):
+            raise Error(f"--template goes around a prompt, and {args.data} has none: leave it out")
+        for side in (train, valid):
+            side.items = [(fill(model, p, encoding), c) for p, c in side.items]
+    longest = args.length + len(fill(model, [encoding.eot_token], encoding)) - 1
+    if longest > room(model):
+        fits = args.length - longest + room(model)
+        positions = f"{model.config.n_positions} positions"
+        raise Error(f"--length {args.length} does not fit: of the model's {positions} {fits} are left for the text")
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if args.compile:
-        for block in model.transformer.h:
+        for block in base.transformer.h:
             block.compile()
 
     # Optimizer: decay is for matrices, not for biases and norms
@@ -320,8 +429,10 @@ def main():
     else:
         run["loss_before"], run["bits_before"] = evaluate(model, valid, device)
         run["accuracy_before"] = accuracy(model, valid, device) if args.data == "modules" else None
-        run["sample_before"] = sample(model, encoding, prompt, device, args.seed)
-    trained, total = sum(p.numel() for p in params.values()), sum(p.numel() for p in model.parameters())
+        run["sample_before"] = sample(model, encoding, text, device, args.seed)
+    trained = sum(p.numel() for p in params.values())
+    added = 0 if args.method == "full" else trained
+    total = max(base_parameters + added, sum(p.numel() for p in model.parameters()))  # a fusion has frozen adapters too
     print(f"{args.method}, {args.precision}, {device}: {args.base} learns {args.data}")
     print(f"{trained:,} of {total:,} parameters are trained; state saved every {args.save_every} steps to {state}")
 
@@ -352,8 +463,10 @@ def main():
         for (ids, labels), count in zip(batches, counts):
             # The mean over all labelled tokens of the step, whatever their share in each micro-batch
             part = model(ids.to(device), labels=labels.to(device)).loss * (count / sum(counts))
-            (part * run["loss_scale"]).backward()
             loss += part.item()
+            if args.method == "fusion":
+                part = part + adapter.fusion_penalty(model) / args.accumulate
+            (part * run["loss_scale"]).backward()
         gradients = [p.grad for p in params.values() if p.grad is not None]
         norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
         norm = norms.norm().item() / run["loss_scale"]
@@ -385,23 +498,29 @@ def main():
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
-    # After
+    # After. What only made the parameters has done its work
+    if args.method == "prefix":
+        prefix.fold_prefix(model)
+    if args.method == "ptuning":
+        ptuning.fold_ptuning(model)
     loss_after, bits_after = evaluate(model, valid, device)
     accuracy_after = accuracy(model, valid, device) if args.data == "modules" else None
-    sample_after = sample(model, encoding, prompt, device, args.seed)
+    sample_after = sample(model, encoding, text, device, args.seed)
     peak = max(run["peak"], memory(device)[1] - memory_before)
 
     # Files
-    stored = save_trained(model, encoding, args, out)
+    stored, stored_bytes = save_trained(model, encoding, args, out)
     result = {
         "method": args.method, "precision": args.precision, "base": args.base, "data": args.data, "steps": args.steps,
         "trained_parameters": trained, "stored_parameters": stored, "total_parameters": total,
+        "stored_bytes": stored_bytes,
         "loss_before": run["loss_before"], "loss_after": loss_after,
         "bits_per_byte_before": run["bits_before"], "bits_per_byte_after": bits_after,
         "accuracy_before": run["accuracy_before"], "accuracy_after": accuracy_after,
         "tokens_per_second": run["tokens"] / run["training_seconds"], "peak_memory_bytes": peak,
         "seconds": run["seconds"] + time.time() - began, "skipped_steps": run["skipped"],
         "python": platform.python_version(), "torch": torch.__version__, "settings": run["settings"],
+        "losses": run["losses"],
     }  # fmt: skip
     write(out / "result.json", json.dumps(result, indent=2).encode())
     title = f"{args.method} on {args.data}"
@@ -420,17 +539,23 @@ def main():
     print(f"files        {', '.join(str(out / f) for f in sorted(p.name for p in out.iterdir()))}")
 
 
+def smooth(losses):
+    """Each step's mean over the steps just before it."""
+    window = max(1, len(losses) // 30)
+    recent = [losses[max(0, i - window) : i + 1] for i in range(len(losses))]
+    return [sum(r) / len(r) for r in recent]
+
+
 def plot(path, losses, before, after, title):
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    window = max(1, len(losses) // 30)
-    recent = [losses[max(0, i - window) : i + 1] for i in range(len(losses))]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(range(1, len(losses) + 1), losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.plot(range(1, len(losses) + 1), [sum(r) / len(r) for r in recent], color="tab:blue", label="training")
+    steps = range(1, len(losses) + 1)
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+    axes.plot(steps, smooth(losses), color="tab:blue", label="training")
     label = f"validation: {before:.2f} → {after:.2f}"
     axes.plot([0, len(losses)], [before, after], "o--", color="tab:orange", label=label)
     axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
@@ -440,9 +565,83 @@ def plot(path, losses, before, after, title):
     plt.close(figure)
 
 
+# ---------------------------------------------------------------------------------------------------------- comparison
+
+
+def compare(args, given):
+    """--method all: each method in a process of its own, so that its peak of memory is its own; a table, a figure."""
+    out = Path(args.out)
+    shared = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in given - {"method", "out"}]
+    shared = [flag.removesuffix("=True") for flag in sorted(shared)]
+    runs = {name: ["--method", name] for name in METHODS if name != "fusion"}
+    runs["scratch"] = ["--method", "full", "--base", "scratch"]
+    # A fusion is of adapters of several tasks: this one, and one more
+    other = "reference" if args.data == "modules" else "modules"
+    runs[f"adapter-{other}"] = ["--method", "adapter", "--data", other]
+    runs["fusion"] = ["--method", "fusion", "--adapters", f"{out}/adapter", f"{out}/adapter-{other}"]
+
+    results = {}
+    for name, flags in runs.items():
+        print(f"\n{name}", flush=True)
+        command = [sys.executable, __file__, *shared, *flags, "--out", f"{out}/{name}"]
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # its report is in its result.json
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:  # the child has it as well: it saves its state and ends
+            code = child.wait()
+        if code:
+            sys.exit(code)
+        results[name] = json.loads((out / name / "result.json").read_text("utf-8"))
+    del results[f"adapter-{other}"]
+
+    measure = "loss" if results["full"]["accuracy_after"] is None else "accuracy"
+    show = "{:.3f}" if measure == "loss" else "{:.1%}"
+    untouched = show.format(results["full"][f"{measure}_before"])
+    rows = [["method", "trained", "share", "stored", "on disk", f"{measure} before", "after", "tokens/s", "memory"]]
+    rows.append(["untouched", "0", "0 %", "0", "0", untouched, untouched, "", ""])
+    for name, r in results.items():
+        counts = [f"{r['trained_parameters']:,}", f"{r['trained_parameters'] / r['total_parameters']:.2%}"]
+        stored = [f"{r['stored_parameters']:,}", f"{r['stored_bytes'] / 1e6:.2f} MB"]
+        quality = [show.format(r[f"{measure}_{when}"]) for when in ("before", "after")]
+        cost = [f"{r['tokens_per_second']:,.0f}", f"{r['peak_memory_bytes'] / 1e9:.2f} GB"]
+        rows.append([name, *counts, *stored, *quality, *cost])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    table = "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in rows)
+    head, _, body = table.partition("\n")
+    table = f"{head}\n|{'|'.join('-' * (w + 2) for w in widths)}|\n{body}"
+    write(out / "compare.json", json.dumps(results, indent=2).encode())
+    write(out / "compare.png", lambda path: plot_comparison(path, results, measure, args.data))
+    print(f"\n{table}\n\n{out}/compare.json, {out}/compare.png")
+
+
+def plot_comparison(path, results, measure, task):
+    """Left: what each method reaches, against how much it trains. Right: its training loss."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for i, (name, r) in enumerate(results.items()):
+        x, y, color = r["trained_parameters"], r[f"{measure}_after"], f"C{i}"
+        left.scatter(x, y, color=color, zorder=3)
+        left.annotate(name, (x, y), textcoords="offset points", xytext=(0, 7), ha="center", color=color)
+        right.plot(range(1, len(r["losses"]) + 1), smooth(r["losses"]), color=color, label=name)
+    left.axhline(results["full"][f"{measure}_before"], color="gray", linestyle="--", label="untouched base")
+    unit = "nats per token of validation data" if measure == "loss" else "share of validation examples"
+    left.set(xscale="log", xlabel="trained parameters", ylabel=f"{measure}, {unit}", title=f"{task}: quality and size")
+    left.margins(0.12)
+    right.set(xlabel="step", ylabel="training loss, nats per token", title=f"{task}: training")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120, format="png")
+    plt.close(figure)
+
+
 if __name__ == "__main__":
     try:
         main()
-    except (Error, adamw.Error, data.Error, gpt.Error, lora.Error) as error:
+    except ERRORS as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -210,16 +210,20 @@ class Text:
         """(input_ids, labels), both (size, length), at random places."""
         start = torch.randint(len(self.tokens) - self.length + 1, (size, 1))
         ids = self.tokens[start + torch.arange(self.length)]  # (B, T)
-        return ids, ids
+        return ids, self.labels(ids)
 
     def batches(self, size):
         """(input_ids, labels) in order, each token after the first scored once."""
         windows = self.tokens.unfold(0, self.length, self.length - 1)  # (n, T), each starts where the last one ended
         for ids in windows.split(size):
-            yield ids, ids
+            yield ids, self.labels(ids)
         rest = self.tokens[len(windows) * (self.length - 1) :][None]
         if rest.size(1) > 1:
-            yield rest, rest
+            yield rest, self.labels(rest)
+
+    def labels(self, ids):
+        """All but the first token of a window, which a prompt in front of it would otherwise have to guess."""
+        return torch.cat((torch.full_like(ids[:, :1], -100), ids[:, 1:]), 1)
 
     def opening(self):
         """The first tokens of the data, for a sample to go on from."""
