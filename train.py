@@ -32,13 +32,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from nanopeft import adamw, adapter, data, gpt, lora, prefix, prompt, ptuning
+from nanopeft import adamw, adapter, data, gpt, lora, prefix, prompt, ptuning, qlora, quant
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 METHODS = {  # the options of each, and their defaults
     "full": {"lr": 1e-3},
     "lora": {"lr": 5e-3, "rank": 8, "alpha": 16.0, "targets": "all-linear"},
-    "adapter": {"lr": 2e-3, "placement": "pfeiffer", "reduction": 8},
+    "qlora": {"lr": 5e-3, "rank": 8, "alpha": 16.0, "targets": "all-linear", "quant": "nf4"},
+    "adapter": {"lr": 5e-3, "placement": "pfeiffer", "reduction": 8},
     "fusion": {"lr": 1e-3, "adapters": None},
     "prefix": {"lr": 1e-2, "tokens": 20, "hidden": None},
     "prompt": {"lr": 3e-2, "tokens": 20, "init": "vocabulary"},
@@ -50,7 +51,7 @@ class Error(ValueError):
     """A run that cannot be done as asked; the message says what would be right."""
 
 
-ERRORS = (Error, *(part.Error for part in (adamw, adapter, data, gpt, lora, prefix, prompt, ptuning)))
+ERRORS = (Error, *(part.Error for part in (adamw, adapter, data, gpt, lora, prefix, prompt, ptuning, qlora, quant)))
 
 # ----------------------------------------------------------------------------------------------------------- arguments
 
@@ -72,9 +73,10 @@ def arguments():
     add("--precision", choices=[*DTYPES], default="fp32", help="type of the base's weights and the arithmetic (fp32)")
     add("--base", default="nano", help=f"nano, scratch (nano untrained), a folder, {', '.join(gpt.HUB)} (nano)")
     add("--data", default="reference", help=f"{', '.join(data.TASKS)}, or a .txt or .jsonl file (reference)")
-    add("--rank", type=int, help=f"lora: rank r of the update {default('lora', 'rank')}")
-    add("--alpha", type=float, help=f"lora: the update is scaled by alpha / r {default('lora', 'alpha')}")
-    add("--targets", help=f"lora: ends of layer names, with commas between {default('lora', 'targets')}")
+    add("--rank", type=int, help=f"lora, qlora: rank r of the update {default('lora', 'rank')}")
+    add("--alpha", type=float, help=f"lora, qlora: the update is scaled by alpha / r {default('lora', 'alpha')}")
+    add("--targets", help=f"lora, qlora: ends of layer names, with commas between {default('lora', 'targets')}")
+    add("--quant", choices=["nf4", "int8"], help=f"qlora: how the base is stored {default('qlora', 'quant')}")
     where = "houlsby, in both sublayers, or pfeiffer, at the block"
     add("--placement", choices=["houlsby", "pfeiffer"], help=f"adapter: {where} {default('adapter', 'placement')}")
     add("--reduction", type=int, help=f"adapter: the bottleneck is width / reduction {default('adapter', 'reduction')}")
@@ -155,9 +157,11 @@ def load_base(base, encoding, dtype, device):
 
 def attach(model, args, encoding, train):
     """The model with what the method trains; all else is frozen."""
-    if args.method == "lora":
+    if args.method in ("lora", "qlora"):
         targets = args.targets if args.targets == "all-linear" else args.targets.split(",")
-        return lora.add_lora(model, targets, r=args.rank, alpha=args.alpha)
+        if args.method == "lora":
+            return lora.add_lora(model, targets, r=args.rank, alpha=args.alpha)
+        return qlora.add_qlora(model, targets, quant=args.quant, r=args.rank, alpha=args.alpha)
     if args.method == "adapter":
         return adapter.add_adapter(model, placement=args.placement, reduction=args.reduction)
     if args.method == "fusion":
@@ -178,7 +182,7 @@ def attach(model, args, encoding, train):
 
 def trained_files(model, method):
     """(state, config): what was trained, in peft's format."""
-    if method == "lora":
+    if method in ("lora", "qlora"):
         return lora.lora_state_dict(model), lora.lora_config(model)
     if method == "adapter":
         return adapter.adapter_state_dict(model), adapter.adapter_config(model)
@@ -201,6 +205,8 @@ def save_trained(model, encoding, args, folder):
     state, config = trained_files(model, args.method)
     state = {key: p.cpu().contiguous() for key, p in state.items()}
     config = config | {"base_model_name_or_path": args.base}
+    if args.method == "qlora":
+        config["base_quantization"] = args.quant  # ours alone: peft passes over it
     write(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
     write(folder / "adapter_model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
     files = ("adapter_config.json", "adapter_model.safetensors")
@@ -236,6 +242,8 @@ def load_trained(folder, dtype, device):
     else:
         read, add, load = lora.lora_arguments, lora.add_lora, lora.load_lora_state_dict
     settings = read(config)
+    if "base_quantization" in config:
+        add, settings["quant"] = qlora.add_qlora, config["base_quantization"]
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str):
         raise Error(f"{folder / 'adapter_config.json'} does not say which base it is for: base_model_name_or_path")

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Bottleneck adapters: two thin layers with a skip, put into a frozen model; and AdapterFusion, attention over several.
 
-    A(h) = Up f(Down h)                            d → m → d, m = d / reduction
+    A(h) = Up f(Down h)                                        d → m → d, with m = d / reduction
     Houlsby:   x ← x + a + A(a),  then  x ← x + b + A'(b)      a, b: what attention and MLP add to the stream x
     Pfeiffer:  x ← h + A(h)                                    h = x + b, the output of the block
     fusion:    x ← h + V Σₙ pₙ zₙ,  zₙ = Aₙ(h)                 p = softmax over n of (Q h) · (K zₙ), without 1/√d
 
 Dimensions: h (..., d); Down (m, d), Up (d, m), both with a bias; N adapters, z (..., N, d); Q, K (d, d) with a bias,
-V (d, d) without. Trained are Down and Up and nothing of the model (the paper trained the LayerNorms too); in fusion
-Q, K and V alone, over adapters that were trained apart, each on its own task, and are frozen now.
+V (d, d) without. Trained are Down and Up, nothing of the model (the paper trained its LayerNorms too). In fusion Q, K
+and V alone are trained; the adapters were before, apart, each on a task of its own, and are frozen now.
 
 Parameters: 2dm + m + d for each adapter. GPT-2 with m = 48: Houlsby 1,789,056 (1.4 %), Pfeiffer 894,528. Fusion takes
 3d² + 2d for each block, whatever N is: 21,252,096, far more than what it fuses.
@@ -24,8 +24,8 @@ would undo them; so the loss gets 0.01 · ‖I - V‖², which holds it there. W
 does K's bias with any N: it adds the same to all N scores, and softmax does not see that.
 
 Beside its sisters: the nonlinearity f keeps it from being merged as LoRA is: at inference each adapter costs two small
-matrix products, one after the other, and there are no tokens more. Prompt tuning and P-tuning add to the input alone,
-prefix-tuning to the keys and values of every layer: these take room in the context, adapters do not.
+matrix products, one after the other. Prompt tuning and P-tuning work on the input alone, prefix-tuning on the keys and
+values of every layer, and all three take room in what attention looks at; an adapter does not.
 
 Papers: adapters, arXiv 1902.00751, section 2.1; AdapterFusion, arXiv 2005.00247, section 3.2.
 """
@@ -144,11 +144,13 @@ def add_adapter(model, targets=None, *, placement="houlsby", reduction=None, bot
     """
     if targets is None:
         targets = ("attn.c_proj", "mlp.c_proj") if placement == "houlsby" else "blocks"
+    if activation is None:
+        activation = "silu" if placement == "houlsby" else "relu"
     config = {
         "peft_type": "BOTTLENECK_ADAPTER", "task_type": "CAUSAL_LM", "placement": placement,
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "reduction": 16 if reduction is bottleneck is None else reduction, "bottleneck": bottleneck,
-        "activation": activation or ("silu" if placement == "houlsby" else "relu"), "inference_mode": True,
+        "activation": activation, "inference_mode": True,
     }  # fmt: skip
     wrap(model, new_adapters(model, **adapter_arguments(config)))
     model.adapter_config = config
@@ -226,10 +228,6 @@ def holds_linear(layer):
     return not is_linear(layer) and any(map(is_linear, layer.modules()))
 
 
-def is_block(layer):
-    return holds_linear(layer) and not isinstance(layer, (nn.ModuleList, nn.ModuleDict))
-
-
 def width(model, layer):
     """d, the size of what the layer returns."""
     if is_linear(layer):
@@ -245,7 +243,7 @@ def find_activation(activation):
     function = getattr(F, activation, None) if isinstance(activation, str) else activation
     try:
         fits = function(torch.zeros(2, 4)).shape == (2, 4)
-    except Exception:
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, AssertionError):
         fits = False
     if not fits or (isinstance(function, nn.Module) and list(function.parameters())):
         rule = "a name in torch.nn.functional, or a function that keeps the shape and has no parameters"
@@ -260,9 +258,9 @@ def names(layers):
 
 def find_targets(model, targets, placement):
     """{name: layer} of what `targets` names; Error if that is nothing, or no layer that the placement is for."""
-    fits = is_linear if placement == "houlsby" else is_block
-    modules = {name: m for name, m in model.named_modules() if name}
-    fitting = {name: m for name, m in modules.items() if fits(m)}
+    modules = {n: m for n, m in model.named_modules() if n}
+    fitting = {n: m for n, m in modules.items() if (is_linear if placement == "houlsby" else holds_linear)(m)}
+    fitting = {n: m for n, m in fitting.items() if not isinstance(m, (nn.ModuleList, nn.ModuleDict))}
     if targets == "blocks":
         lists = [n for n, m in modules.items() if isinstance(m, nn.ModuleList) and holds_linear(m)]
         lists = [n for n in lists if not any(n.startswith(f"{outer}.") for outer in lists)]
@@ -333,7 +331,7 @@ def adapter_parameters(model):
 
 
 def fusion_parameters(model):
-    """{name in the file: parameter}: Q, K and V, and the frozen adapters, so that the file needs no other."""
+    """{name in the file: parameter}: Q, K and V, and the frozen adapters, so that no other file is needed."""
     return named_tensors({name: layer.adapter for name, layer in adapter_layers(model, Fusion).items()}, "fusion")
 
 
@@ -419,16 +417,8 @@ def fusion_arguments(config):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.mlp = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
-
-        def forward(self, x):
-            return x + self.mlp(x)
-
-    model, x = nn.Sequential(Block(), Block()), torch.randn(4, 64)
+    blocks = [nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(2)]
+    model, x = nn.Sequential(*blocks), torch.randn(4, 64)
     before = model(x)
     add_adapter(model, r"\d", placement="pfeiffer", bottleneck=8)
     print(f"Up = 0, so nothing has changed yet: largest difference {(model(x) - before).abs().max():.1e}")
@@ -439,14 +429,15 @@ if __name__ == "__main__":
         nn.init.normal_(p, std=0.3)
     curvature = (A(x) + A(-x) - 2 * A(0 * x)).norm()
     print(f"no matrix does what A does: |A(x) + A(-x) - 2 A(0)| = {curvature:.2f}, and 0 were it linear")
-    alone, saved = model(x).detach(), (adapter_config(model), adapter_state_dict(model))
+    alone, one = model(x).detach(), (adapter_config(model), adapter_state_dict(model))
+    other = one[0], {key: t.flip(0) for key, t in one[1].items()}
     print(f"removed, it leaves the base bit for bit: {torch.equal(remove_adapter(model)(x), before)}")
-    for n in (3, 1):
-        add_fusion(model, [saved] * n)
-        difference = (model(x) - alone).abs().max() / alone.abs().max()
+    for what, adapters in (("one adapter", [one]), ("one three times", [one] * 3), ("two adapters", [one, other])):
+        add_fusion(model, adapters)
+        off = (model(x) - alone).abs().max() / alone.abs().max()
         (model(x).square().sum() + fusion_penalty(model)).backward()
         Q, V = (layer.weight.grad.norm() for layer in (model[0].adapter.query, model[0].adapter.value))
-        print(f"the same adapter {n} times, fused: off by {difference:.1e}; |dQ| = {Q:.1e}, |dV| = {V:.1e}")
+        print(f"fusion of {what}: {off:.1e} from the first alone; gradients |dQ| = {Q:.1e}, |dV| = {V:.1e}")
         remove_adapter(model)
     d, n_layer, m = 768, 12, 768 // 16
     count = n_layer * (2 * d * m + m + d)

@@ -23,13 +23,20 @@ RESULT_KEYS = {
 }  # fmt: skip
 
 METHODS = {
-    "full": "--method full", "lora": "--method lora", "adapter": "--method adapter",
-    "houlsby": "--method adapter --placement houlsby --reduction 4", "prompt": "--method prompt",
-    "fusion": "--method fusion --adapters {files}/one {files}/two", "prefix": "--method prefix",
-    "prefix by MLP": "--method prefix --tokens 5 --hidden 8", "ptuning": "--method ptuning",
+    "full": "--method full",
+    "lora": "--method lora",
+    "qlora": "--method qlora",
+    "qlora in int8": "--method qlora --quant int8",
+    "adapter": "--method adapter",
+    "houlsby": "--method adapter --placement houlsby --reduction 4",
+    "fusion": "--method fusion --adapters {files}/one {files}/two",
+    "prefix": "--method prefix",
+    "prefix by MLP": "--method prefix --tokens 5 --hidden 8",
+    "prompt": "--method prompt",
+    "ptuning": "--method ptuning",
     "ptuning by MLP": "--method ptuning --tokens 3 --encoder mlp",
     "template": "--method ptuning --data {files}/a.jsonl --template [P]So[P]{{source}}[P]",
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +239,7 @@ def test_all_methods_beside_each_other(monkeypatch, files, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command.split()])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     results = json.loads((tmp_path / "compare.json").read_text())
-    assert results.keys() == {"full", "lora", "adapter", "prefix", "prompt", "ptuning", "scratch", "fusion"}
+    assert results.keys() == {"full", "lora", "qlora", "adapter", "prefix", "prompt", "ptuning", "scratch", "fusion"}
     assert all(r["data"] == f"{files}/a.txt" and r["steps"] == 2 and len(r["losses"]) == 2 for r in results.values())
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
