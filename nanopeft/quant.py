@@ -229,7 +229,7 @@ def normal_float():
 
 
 def pieces(group_size, device):
-    """Of how many groups a piece is made: on a CPU of 2^17 numbers per thread, which its cache holds; a GPU wants more."""
+    """How many groups make a piece: on a CPU 2^17 numbers per thread, which its cache holds; a GPU wants more."""
     return max(1, (torch.get_num_threads() << 17 if device.type == "cpu" else 1 << 24) // group_size)
 
 
