@@ -41,7 +41,7 @@ METHODS = {  # the options of each, and their defaults
     "qlora": {"lr": 5e-3, "rank": 8, "alpha": 16.0, "targets": "all-linear", "quant": "nf4"},
     "adapter": {"lr": 5e-3, "placement": "pfeiffer", "reduction": 8},
     "fusion": {"lr": 1e-3, "adapters": None},
-    "prefix": {"lr": 1e-2, "tokens": 20, "hidden": None},
+    "prefix": {"lr": 1e-1, "tokens": 20, "hidden": None},
     "prompt": {"lr": 3e-2, "tokens": 20, "init": "vocabulary"},
     "ptuning": {"lr": 3e-3, "tokens": None, "encoder": "lstm", "template": None},
 }

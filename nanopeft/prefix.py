@@ -18,7 +18,7 @@ any token, and padding between the two counts too: a query `window` places furth
 Why it starts from real tokens: no prefix leaves the model as it was. A key of zero still takes exp(0) of the softmax,
 and its value of zero pulls the output down; only scores of -∞ would be neutral, and those have no gradient. The least
 disturbing start is what the model itself computes for n tokens: then this is a hard prompt of n words. With the MLP,
-W₂ is solved for that start; the paper fits it by some hundred steps of Adam (its low-data recipe).
+W₂ and b₂ are solved for that start; the paper's code fits them by some hundred steps of Adam (its low-data recipe).
 
 Beside its sisters: LoRA can be merged and costs nothing later; adapters compute in sequence in every block; prompt
 tuning trains n embeddings before the input, P-tuning embeddings anywhere in it, made by an encoder: both act on the
@@ -38,6 +38,18 @@ import torch.nn as nn
 
 class Error(ValueError):
     """Wrong use of prefix-tuning; the message says what would be right."""
+
+
+# ---------------------------------------------------------------------------------------------------------- mathematics
+
+
+@torch.no_grad()
+def fit_last_layer(mlp, E, P):
+    """Moves W₂ and b₂ as little as makes MLP(E) = P (n, 2 L w): exactly if n <= m, else by least squares."""
+    # What the tokens share goes to b₂: carried by W₂ it would be lost as soon as the tanh's move
+    mlp[2].bias += (P - mlp(E)).mean(0)
+    # W₂ᵀ += H⁺ (P - MLP(E))  with H = tanh(W₁ E + b₁)
+    mlp[2].weight += (torch.linalg.pinv(mlp[:2](E)) @ (P - mlp(E))).t()
 
 
 # ---------------------------------------------------------------------------------------------------------------- cache
@@ -135,11 +147,10 @@ class PrefixTuning(nn.Module):
             self.prompt_embeddings = nn.Parameter(torch.randn_like(start) if init == "random" else start)
         else:
             self.E = nn.Parameter(torch.randn(n_tokens, width, **wide))
-            out = nn.Linear(hidden, start.size(1), **wide)
-            self.mlp = nn.Sequential(nn.Linear(width, hidden, **wide), nn.Tanh(), out)
+            layers = nn.Linear(width, hidden, **wide), nn.Tanh(), nn.Linear(hidden, start.size(1), **wide)
+            self.mlp = nn.Sequential(*layers)
             if init != "random":
-                with torch.no_grad():  # the smallest change of W₂ for which MLP(E) is the start; exact if n <= m
-                    out.weight += (torch.linalg.pinv(self.mlp[:2](self.E)) @ (start - self.mlp(self.E))).t()
+                fit_last_layer(self.mlp, self.E, start)
         model.requires_grad_(False)
 
     config = property(lambda self: self.model.config)
@@ -147,7 +158,10 @@ class PrefixTuning(nn.Module):
 
     def prefix(self):
         """P (n, 2 L w)."""
-        return self.prompt_embeddings if self.mlp is None else self.mlp(self.E)
+        if self.mlp is None:
+            return self.prompt_embeddings
+        with torch.autocast(self.E.device.type, enabled=False):  # in full precision, as it is folded
+            return self.mlp(self.E)
 
     def check_room(self, end, position_ids=None):
         config, n = getattr(self.model, "config", None), self.n_tokens
@@ -190,11 +204,9 @@ class PrefixTuning(nn.Module):
             if attention_mask.shape != (B, end - n):
                 shape = tuple(attention_mask.shape)
                 raise Error(f"attention_mask must be {(B, end - n)}, not {shape}: all tokens, and not the prefix")
-            attention_mask = torch.cat((attention_mask.new_ones(B, n), attention_mask), 1)  # (B, S)
-            if position_ids is None and self.takes_positions:
-                position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=n)[
-                    :, -T:
-                ]  # (B, T): padding is not counted
+            if position_ids is None and self.takes_positions:  # the real tokens', without padding, from n on
+                position_ids = n + (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -T:]  # (B, T)
+            attention_mask = torch.cat((attention_mask.new_ones(B, n), attention_mask), 1)  # (B, n + past + T)
         self.check_room(end, position_ids)
         if position_ids is not None:
             options["position_ids"] = position_ids
@@ -321,15 +333,13 @@ if __name__ == "__main__":
     print(f"keys and values of 0 change the logits by up to {(model(ids).logits - base(ids).logits).abs().max():.1f}")
 
     model = PrefixTuning(base, 5, hidden=16, init=words)
-    print(f"through the MLP, W₂ solved for it, just the same: {(model(ids).logits - hard).abs().max():.1e}")
+    print(f"through the MLP, its last layer solved for it, just the same: {(model(ids).logits - hard).abs().max():.1e}")
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0)
     losses = []
     for _ in range(60):
         loss = nn.functional.cross_entropy(model(ids).logits[:, :-1].transpose(1, 2), ids[:, 1:])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        for p, gradient in zip(trained, torch.autograd.grad(loss, trained)):
+            p.data -= 0.3 * gradient
         losses.append(loss.item())
     same = all(torch.equal(p, old) for p, old in zip(base.parameters(), weights))
     print(f"60 steps: loss {losses[0]:.2f} -> {losses[-1]:.2f}; the base is the same, bit for bit: {same}")
