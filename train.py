@@ -7,6 +7,7 @@
     python train.py --method all --data modules                 every method, one table and one figure
     python train.py --method lora --resume                      go on where an interrupted run stopped
     python train.py --generate out/lora --prompt "The import"   text from what was trained
+    torchrun --nproc_per_node 2 train.py --method full --zero 2  two processes that share the optimizer and gradients
 
 A run leaves in out/METHOD/ the adapter in peft's format (full: a GPT-2 checkpoint), result.json, loss.png, and
 state.safetensors, from which --resume goes on.
@@ -24,15 +25,18 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import tiktoken
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from nanopeft import adamw, adapter, data, gpt, lora, prefix, prompt, ptuning, qlora, quant
+from nanopeft import adamw, adapter, data, gpt, lora, prefix, prompt, ptuning, qlora, quant, zero
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 METHODS = {  # the options of each, and their defaults
@@ -51,7 +55,9 @@ class Error(ValueError):
     """A run that cannot be done as asked; the message says what would be right."""
 
 
-ERRORS = (Error, *(part.Error for part in (adamw, adapter, data, gpt, lora, prefix, prompt, ptuning, qlora, quant)))
+PARTS = (adamw, adapter, data, gpt, lora, prefix, prompt, ptuning, qlora, quant, zero)
+ERRORS = (Error, *(part.Error for part in PARTS))
+
 
 # ----------------------------------------------------------------------------------------------------------- arguments
 
@@ -96,6 +102,8 @@ def arguments():
     add("--seed", type=int, default=0, help="of initialization, batches and samples (0)")
     cuda = torch.cuda.is_available()
     add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda, cuda:1, mps (cuda if there is one)")
+    add("--zero", type=int, help="under torchrun: ZeRO's stage, 0 to 3; each rank takes its share of every batch")
+    add("--offload", choices=["cpu", "disk"], help="with --zero: where master copies and moments are kept")
     add("--compile", action="store_true", help="torch.compile each decoder block")
     add("--save-every", type=int, default=100, help="steps from one saved state to the next (100)")
     add("--out", help="folder of the results (out/METHOD)")
@@ -123,6 +131,19 @@ def arguments():
     for name, least in dict(steps=1, batch=1, accumulate=1, length=2, save_every=1).items():
         if getattr(args, name) < least:
             raise Error(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.zero is None and world > 1:
+        raise Error(f"{world} processes would all do the same: share the work with --zero 0, 1, 2 or 3")
+    if args.zero is not None and "WORLD_SIZE" not in os.environ:
+        raise Error("--zero is for several processes: torchrun --nproc_per_node 2 train.py ...")
+    if args.zero is not None and args.zero not in (0, 1, 2, 3):
+        raise Error(f"--zero: a stage must be 0, 1, 2 or 3, not {args.zero}")
+    if args.zero is None and args.offload:
+        raise Error("--offload belongs to --zero")
+    if args.zero is not None and (args.generate or args.method == "all"):
+        raise Error("--zero trains one method")
+    if args.batch % world:
+        raise Error(f"--batch {args.batch} cannot be shared by {world} processes: give a multiple of {world}")
     for name in ("lr", "weight_decay", "clip"):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) < math.inf:
             raise Error(f"--{name.replace('_', '-')} must be a finite number of at least 0, not {getattr(args, name)}")
@@ -277,23 +298,28 @@ def write(path, content):
 
 
 @torch.no_grad()
-def evaluate(model, examples, device):
-    """(nats per token, bits per byte) over all of the validation data."""
+def evaluate(model, examples, device, rank=0, world=1):
+    """(nats per token, bits per byte) over all of the validation data, of which each rank takes a share."""
     model.eval()
     nats, tokens = 0.0, 0
-    for ids, labels in examples.batches(32):
+    for ids, labels in list(examples.batches(32))[rank::world]:
         n = (labels[:, 1:] != -100).sum().item()
         nats += model(ids.to(device), labels=labels.to(device)).loss.item() * n
         tokens += n
     model.train()
+    nats, tokens = over_ranks(nats, device), over_ranks(tokens, device)
     return nats / tokens, nats / math.log(2) / max(1, examples.bytes())
 
 
-def accuracy(model, examples, device):
+def over_ranks(number, device):
+    return zero.all_sum(number, device) if dist.is_initialized() else number
+
+
+def accuracy(model, examples, device, rank=0, world=1):
     """Share of the examples whose completion, generated greedily after the prompt, is right to the letter."""
     model.eval()
     right = 0
-    for items in tqdm(examples.by_length(32), desc="accuracy", leave=False):
+    for items in tqdm(examples.by_length(32)[rank::world], desc="accuracy", leave=False, disable=rank > 0):
         n = max(len(c) for _, c in items)
         prompts = [p[n - room(model) :] for p, _ in items]
         longest = max(map(len, prompts))
@@ -302,7 +328,7 @@ def accuracy(model, examples, device):
         texts = gpt.generate(model, ids, n, attention_mask=mask, eos_token_id=examples.pad)[:, longest:].tolist()
         right += sum(text[: len(c)] == c for text, (_, c) in zip(texts, items))
     model.train()
-    return right / len(examples.items)
+    return over_ranks(right, device) / len(examples.items)
 
 
 def sample(model, encoding, text, device, seed):
@@ -347,15 +373,19 @@ def learning_rate(step, args):
     return args.lr * (1 + math.cos(math.pi * (step - warmup) / (args.steps - warmup))) / 2
 
 
-def save_state(path, run, params, optimizer):
-    """run: what JSON can hold. The rest: parameters and their optimizer state, by name."""
-    tensors = {f"parameter {name}": p.detach().contiguous() for name, p in params.items()}
-    for name, p in params.items():
-        tensors |= {f"{key} {name}": t for key, t in optimizer.state[p].items() if torch.is_tensor(t)}
+def state_of(params, optimizer):
+    """{parameter's name: {"master": what is updated, and what the optimizer keeps of it}}, as zero.ZeRO.state_dict."""
+    return {name: {"master": p.detach(), **optimizer.state[p]} for name, p in params.items()}
+
+
+def save_state(path, run, states):
+    """run: what JSON can hold. The tensors of states are stored by kind and parameter name."""
+    tensors = {f"{key} {name}": t for name, kept in states.items() for key, t in kept.items() if torch.is_tensor(t)}
+    tensors = {key: t.contiguous() for key, t in tensors.items()}
     write(path, lambda new: save_file(tensors, new, metadata={"run": json.dumps(run)}))
 
 
-def load_state(path, settings, params, optimizer):
+def load_state(path, settings, params, optimizer, engine):
     """The run that save_state wrote, its tensors put back; Error if it was another run."""
     try:
         with safe_open(path, "pt") as file:
@@ -363,16 +393,25 @@ def load_state(path, settings, params, optimizer):
             for name, value in settings.items():
                 if (old := run["settings"].get(name)) != value:
                     raise Error(f"{path} is of a run with {name} = {old}, not {value}: give the same, or another --out")
+            states = {name: {} for name in params}
             for key in file.keys():
                 kind, name = key.split(" ", 1)
-                p = params[name]
-                if kind == "parameter":
-                    p.data.copy_(file.get_tensor(key))
-                else:
-                    optimizer.state[p][kind] = file.get_tensor(key).to(p.device)
-                    optimizer.state[p]["step"] = run["updates"]
+                states[name][kind] = file.get_tensor(key)
+        for kept in states.values():
+            if len(kept) > 1:  # with fp16 there may have been nothing but overflows
+                kept["step"] = run["updates"]
+        if engine is not None:
+            engine.load_state_dict(states)
+            engine.loss_scale, engine.clean = run["loss_scale"], run["clean"]
+            return run
+        for name, p in params.items():
+            p.data.copy_(states[name]["master"])
+            if p.dtype.itemsize >= 4 or len(states[name]) == 1:
+                del states[name]["master"]
+            for key, value in states[name].items():
+                optimizer.state[p][key] = value.to(p.device) if torch.is_tensor(value) else value
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise error if isinstance(error, Error) else Error(f"{path} is not the state of a run: {error!r}") from None
+        raise error if isinstance(error, ERRORS) else Error(f"{path} is not the state of a run: {error!r}") from None
     return run
 
 
@@ -389,11 +428,21 @@ def main():
     began = time.time()
     torch.manual_seed(args.seed)
 
+    # Ranks: the processes that torchrun started, which all come by here
+    rank, world = 0, 1
+    if args.zero is not None:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=600))
+        rank, world = dist.get_rank(), dist.get_world_size()
+    say = print if rank == 0 else lambda *_: None
+
     # Data
     encoding = load_tokenizer(args.base)
     train, valid = data.load(args.data, encoding, args.length)
     if train.cut + valid.cut:
-        print(f"{train.cut + valid.cut:,} examples have more than {args.length} tokens and were cut")
+        say(f"{train.cut + valid.cut:,} examples have more than {args.length} tokens and were cut")
     text = args.prompt if args.prompt is not None else valid.opening()
 
     # Base
@@ -414,42 +463,52 @@ def main():
         positions = f"{model.config.n_positions} positions"
         raise Error(f"--length {args.length} does not fit: of the model's {positions} {fits} are left for the text")
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not params:
+        raise Error(f"--template {args.template!r} has no [P], so there is nothing to train")
     if args.compile:
         for block in base.transformer.h:
             block.compile()
 
     # Optimizer: decay is for matrices, not for biases and norms
     matrices, vectors = ([p for p in params.values() if (p.dim() > 1) == wide] for wide in (True, False))
-    optimizer = adamw.AdamW(
-        [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=args.lr, betas=(0.9, 0.95),
-    )  # fmt: skip
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    trained = sum(p.numel() for p in params.values())
+    added = 0 if args.method == "full" else trained
+    total = max(base_parameters + added, sum(p.numel() for p in model.parameters()))  # a fusion has frozen adapters too
+    engine, whole = None, nullcontext
+    if args.zero is None:
+        optimizer = adamw.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
+    else:
+        settings = dict(stage=args.zero, offload=args.offload, blocks=base.transformer.h, lr=args.lr, betas=(0.9, 0.95))
+        engine = zero.ZeRO(model, adamw.AdamW, groups, **settings)
+        optimizer, whole = engine.optimizer, engine.whole  # inside of `with whole()` a rank can use the model alone
 
     # Before, or where an earlier run stopped
     run = {"step": 0, "updates": 0, "losses": [], "tokens": 0, "seconds": 0.0, "training_seconds": 0.0, "peak": 0}
     run |= {"loss_scale": 2.0**16 if args.precision == "fp16" else 1.0, "clean": 0, "skipped": 0}
-    free = ("out", "resume", "save_every", "generate", "prompt")  # these change no result
+    free = ("out", "resume", "save_every", "generate", "prompt", "zero", "offload")  # these change no result
     run["settings"] = {k: v for k, v in vars(args).items() if k not in free}
     state = out / "state.safetensors"
     if args.resume and state.exists():
-        run = load_state(state, run["settings"], params, optimizer)
-        print(f"going on from step {run['step']} of {state}")
+        run = load_state(state, run["settings"], params, optimizer, engine)
+        say(f"going on from step {run['step']} of {state}")
+        if run["world"] != world:
+            say(f"the state is of {run['world']} processes, and here are {world}: other roundings, the same otherwise")
     else:
-        run["loss_before"], run["bits_before"] = evaluate(model, valid, device)
-        run["accuracy_before"] = accuracy(model, valid, device) if args.data == "modules" else None
-        run["sample_before"] = sample(model, encoding, text, device, args.seed)
-    trained = sum(p.numel() for p in params.values())
-    added = 0 if args.method == "full" else trained
-    total = max(base_parameters + added, sum(p.numel() for p in model.parameters()))  # a fusion has frozen adapters too
-    print(f"{args.method}, {args.precision}, {device}: {args.base} learns {args.data}")
-    print(f"{trained:,} of {total:,} parameters are trained; state saved every {args.save_every} steps to {state}")
+        with whole():
+            run["loss_before"], run["bits_before"] = evaluate(model, valid, device, rank, world)
+            run["accuracy_before"] = accuracy(model, valid, device, rank, world) if args.data == "modules" else None
+            run["sample_before"] = sample(model, encoding, text, device, args.seed) if rank == 0 else ""
+    run["world"] = world
+    say(f"{args.method}, {args.precision}, {device}: {args.base} learns {args.data}")
+    say(f"{trained:,} of {total:,} parameters are trained; state saved every {args.save_every} steps to {state}")
 
     out.mkdir(parents=True, exist_ok=True)
 
     # Loop. Ctrl-C and SIGTERM end it after the step that is under way
     stopped = []
     handlers = {n: signal.signal(n, lambda *_: stopped.append(True)) for n in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=args.steps, initial=run["step"], unit="step", smoothing=0.05)
+    bar = tqdm(total=args.steps, initial=run["step"], unit="step", smoothing=0.05, disable=rank > 0)
     model.train()
     loop_began = time.time()
 
@@ -460,7 +519,9 @@ def main():
         run["training_seconds"] += now - loop_began
         run["peak"] = max(run["peak"], memory(device)[1] - memory_before)
         began = loop_began = now
-        save_state(state, run, params, optimizer)
+        states = state_of(params, optimizer) if engine is None else engine.state_dict()
+        if rank == 0:
+            save_state(state, run, states)
 
     while run["step"] < args.steps:
         step = run["step"]
@@ -468,38 +529,50 @@ def main():
         batches = [train.sample(args.batch) for _ in range(args.accumulate)]
         counts = [(labels[:, 1:] != -100).sum().item() for _, labels in batches]
         loss = 0.0
-        for (ids, labels), count in zip(batches, counts):
-            # The mean over all labelled tokens of the step, whatever their share in each micro-batch
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        for ids, labels in batches:
+            ids, labels = ids[rank::world], labels[rank::world]
+            # The mean over all labelled tokens of the step, whatever their share in each rank and micro-batch
+            count = (labels[:, 1:] != -100).sum().item()
             part = model(ids.to(device), labels=labels.to(device)).loss * (count / sum(counts))
             loss += part.item()
             if args.method == "fusion":
-                part = part + adapter.fusion_penalty(model) / args.accumulate
-            (part * run["loss_scale"]).backward()
-        gradients = [p.grad for p in params.values() if p.grad is not None]
-        norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
-        norm = norms.norm().item() / run["loss_scale"]
+                part = part + adapter.fusion_penalty(model) / args.accumulate / world
+            if engine is None:
+                (part * run["loss_scale"]).backward()
+            else:
+                engine.backward(part)
+        if engine is None:
+            gradients = [p.grad for p in params.values() if p.grad is not None]
+            norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
+            norm = norms.norm().item() / run["loss_scale"]
+            if math.isfinite(norm):
+                optimizer.step(grad_scale=min(1.0, args.clip / (norm + 1e-6)) / run["loss_scale"])
+            optimizer.zero_grad()
+        else:
+            norm = engine.step(args.clip)
+            loss = over_ranks(loss, device)
         if not math.isfinite(loss) or not (math.isfinite(norm) or run["loss_scale"] > 1):
             sys.exit(f"train.py: loss {loss}, gradient norm {norm} at step {step}: try a smaller --lr ({state} stays)")
-        if math.isfinite(norm):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
-            optimizer.step(grad_scale=min(1.0, args.clip / (norm + 1e-6)) / run["loss_scale"])
-            run["updates"], run["clean"] = run["updates"] + 1, run["clean"] + 1
-        else:  # fp16 overflow: skip the step and halve the scale; after 1,000 clean steps try twice the scale again
-            run["skipped"], run["clean"] = run["skipped"] + 1, 0
+        # fp16 overflow: skip the step and halve the scale; after 1,000 clean steps try twice the scale again
+        overflow = not math.isfinite(norm)
+        run["updates"], run["skipped"] = run["updates"] + (not overflow), run["skipped"] + overflow
+        run["clean"] = 0 if overflow else run["clean"] + 1
+        if overflow:
             run["loss_scale"] /= 2
-        if args.precision == "fp16" and run["clean"] == 1000:
+        elif args.precision == "fp16" and run["clean"] == 1000:
             run["clean"], run["loss_scale"] = 0, run["loss_scale"] * 2
-        optimizer.zero_grad()
 
         run["losses"].append(loss)
         run["tokens"] += sum(ids.numel() for ids, _ in batches)
         run["step"] += 1
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         bar.update()
-        if stopped or run["step"] % args.save_every == 0 or run["step"] == args.steps:
+        stop = over_ranks(len(stopped), device)  # a signal may come to one rank first
+        if stop or run["step"] % args.save_every == 0 or run["step"] == args.steps:
             save()
-        if stopped and run["step"] < args.steps:
+        if stop and run["step"] < args.steps:
             bar.close()
             sys.exit(f"train.py: stopped after step {run['step']}; the same command with --resume goes on")
     bar.close()
@@ -511,13 +584,16 @@ def main():
         prefix.fold_prefix(model)
     if args.method == "ptuning":
         ptuning.fold_ptuning(model)
-    loss_after, bits_after = evaluate(model, valid, device)
-    accuracy_after = accuracy(model, valid, device) if args.data == "modules" else None
-    sample_after = sample(model, encoding, text, device, args.seed)
-    peak = max(run["peak"], memory(device)[1] - memory_before)
+    with whole():
+        loss_after, bits_after = evaluate(model, valid, device, rank, world)
+        accuracy_after = accuracy(model, valid, device, rank, world) if args.data == "modules" else None
+        peak = max(run["peak"], memory(device)[1] - memory_before)
+        if rank > 0:
+            return dist.destroy_process_group()
+        sample_after = sample(model, encoding, text, device, args.seed)
+        stored, stored_bytes = save_trained(model, encoding, args, out)
 
     # Files
-    stored, stored_bytes = save_trained(model, encoding, args, out)
     result = {
         "method": args.method, "precision": args.precision, "base": args.base, "data": args.data, "steps": args.steps,
         "trained_parameters": trained, "stored_parameters": stored, "total_parameters": total,
@@ -526,7 +602,7 @@ def main():
         "bits_per_byte_before": run["bits_before"], "bits_per_byte_after": bits_after,
         "accuracy_before": run["accuracy_before"], "accuracy_after": accuracy_after,
         "tokens_per_second": run["tokens"] / run["training_seconds"], "peak_memory_bytes": peak,
-        "seconds": run["seconds"] + time.time() - began, "skipped_steps": run["skipped"],
+        "seconds": run["seconds"] + time.time() - began, "skipped_steps": run["skipped"], "ranks": world,
         "python": platform.python_version(), "torch": torch.__version__, "settings": run["settings"],
         "losses": run["losses"],
     }  # fmt: skip

@@ -1,26 +1,25 @@
 # SPDX-License-Identifier: MIT
 """Prompt tuning: a few trained vectors before the input embeddings steer a model that is frozen altogether.
 
-    logits = model([P ; E[ids]])          trained by the loss of the frozen model alone, through its inputs
+    logits = model([P ; E[ids]])          the frozen model's own loss trains P, through the model's input
 
 Dimensions: B rows, T tokens, d the embedding's size, n prompt tokens; P (n, d) trained; E (V, d) and all else frozen.
 
-Trained and stored are the same n d numbers: GPT-2 (d = 768) with n = 20 has 15,360, one in 8,000 of its own. Each
-gradient and Adam's moments are as small, but it comes down through the whole model, so that a step costs a forward
-pass and the half of backward that is not for weights, on n more tokens.
+Trained and stored are the same n d numbers: with n = 20, GPT-2 (d = 768) has 15,360, one in 8,000 of its own. Their
+gradient comes down through the whole model, though: a step costs the forward pass and the half of the backward pass
+that is not for weights, on n more tokens.
 
-Where it starts decides much on a small model. Words' embeddings, which are what the model knows to read, serve best:
-drawn from the vocabulary, or those of a text, or of the labels that a classification is to write. The paper saw the
-difference vanish with size, and the whole gap to full fine-tuning with it; small models pay. The learning rate is
-large, 0.01 to 0.3: what is trained need not stay near any word, and released prompts are far from all.
+Where P starts matters on a small model. Words are what the model can read: hence tokens drawn from the vocabulary, a
+text, or the labels that a classification is to write. To the paper all starts were the same at 11 billion parameters,
+and as good as full fine-tuning; below, each is behind it. Learning rates are large, 0.03 to 0.3: nothing holds P near
+the words, and prompts that were released lie far from all of them.
 
-Padding on the left is counted out: the prompt comes first, then the pads, masked, and each row's positions go on from
-the prompt as if they were not there. A padded row gives what it gives alone.
+Pads on the left stay there: [pads ; P ; E[ids]], with positions counted from P on. A padded row gives what it gives
+alone.
 
 Beside its sisters: the input only, before the input, no encoder. P-tuning puts its vectors anywhere in the input and
-makes them by an encoder; prefix-tuning gives each layer its own keys and values; adapters sit in each block; LoRA
-can be merged. A prompt cannot: inference has n more positions to compute, and a context that is n shorter. In return
-each row of a batch could have its own.
+makes them by an encoder; prefix-tuning gives each layer its own keys and values; adapters sit in each block; LoRA can
+be merged. A prompt cannot be: inference has n more positions to compute, and a context that is n shorter.
 
 Paper: prompt tuning, arXiv 2104.08691, section 2.
 """
@@ -36,6 +35,19 @@ class Error(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------------------- mathematics
+
+
+def join(front, t, pads):
+    """[front ; t] for front (1, n, ...) and t (B, T, ...): in each row behind its left padding, pads (B, 1) or None."""
+    n, B = front.size(1), len(t)
+    # Cast after expanding, so that the rows' gradients are summed in 32 bits
+    t = torch.cat((front.expand(B, *front.shape[1:]).to(t.dtype), t), 1)  # (B, n + T, ...)
+    if pads is None:
+        return t
+    # Before the pads a sliding window, which counts them, would lose sight of the prompt too early
+    place = torch.arange(t.size(1), device=t.device)
+    source = torch.where(place < pads, place + n, torch.where(place < pads + n, place - pads, place))  # (B, n + T)
+    return t[torch.arange(B, device=t.device)[:, None], source]
 
 
 def initial_prompt(embedding, n, init):
@@ -102,16 +114,17 @@ class PromptTuning(nn.Module):
     device = property(lambda self: self.prompt_embeddings.device)
 
     def insert(self, x, mask, past=0):
-        """The embeddings (B, T, d) with P in front, and the mask that goes with them. Later P is in the cache."""
+        """The embeddings (B, T, d) with P, the mask for that, and each row's pads. In later steps P is in the cache."""
+        pads = None if mask is None else (mask.cumsum(1) == 0).sum(1, keepdim=True)  # (B, 1)
         if mask is not None:
-            mask = torch.cat((mask.new_ones(len(x), self.n_tokens), mask), 1)  # (B, n + S)
+            mask = join(mask.new_ones(1, self.n_tokens), mask, pads)  # (B, n + S)
         if past == 0:
-            x = torch.cat((self.prompt_embeddings.to(x.dtype).expand(len(x), -1, -1), x), 1)  # (B, n + T, d)
+            x = join(self.prompt_embeddings[None], x, pads)  # (B, n + T, d)
         count = past + x.size(1)
         if count > self.limit and (mask is None or (count := mask.sum(1).max()) > self.limit):
             others = count - self.n_tokens
             raise Error(f"{self.n_tokens} prompt tokens and {others} others do not fit the {self.limit} positions")
-        return x, mask
+        return x, mask, pads
 
     def forward(
         self, input_ids=None, *, inputs_embeds=None, attention_mask=None, position_ids=None, past_key_values=None,
@@ -122,16 +135,17 @@ class PromptTuning(nn.Module):
             raise Error("give either input_ids or inputs_embeds")
         n, past = self.n_tokens, 0 if past_key_values is None else past_key_values.get_seq_length()
         x = self.model.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        B, T, _ = x.shape
-        x, mask = self.insert(x, attention_mask, past)
+        T = x.size(1)
+        x, mask, pads = self.insert(x, attention_mask, past)
         new = x.size(1)  # n + T, and T in later steps
         if position_ids is not None:
-            ahead = torch.arange(new - T, device=x.device).expand(*position_ids.shape[:-1], -1)
-            position_ids = torch.cat((ahead, position_ids + n), -1)
+            position_ids = position_ids.expand(len(x), -1) + n
+            if past == 0:
+                position_ids = join(torch.arange(n, device=x.device)[None], position_ids, pads)
         elif mask is not None:
             position_ids = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -new:]  # pads are not counted
-        if labels is not None:
-            labels = torch.cat((labels.new_full((B, new - T), -100), labels), 1)
+        if labels is not None and past == 0:
+            labels = join(labels.new_full((1, n), -100), labels, pads)
         if torch.is_tensor(options.get("logits_to_keep")):  # places in the input
             options["logits_to_keep"] = options["logits_to_keep"] + new - T
         out = self.model(
@@ -152,7 +166,7 @@ class PromptTuning(nn.Module):
             # Not transformers': a loop around the call, for which this module is as good as the model
             return type(self.model).generate(self, input_ids, max_new_tokens, attention_mask=attention_mask, **options)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        x, mask = self.insert(self.model.get_input_embeddings()(input_ids), mask)
+        x, mask, _ = self.insert(self.model.get_input_embeddings()(input_ids), mask)
         return self.model.generate(
             input_ids=input_ids, inputs_embeds=x, attention_mask=mask, max_new_tokens=max_new_tokens, **options
         )

@@ -1,25 +1,26 @@
 # SPDX-License-Identifier: MIT
 """P-tuning: trained vectors anywhere in the input, between its words, made by a small encoder.
 
-    input = e(x₁) h₁ h₂ e(x₂) … e("# module:") h₃          h_k = MLP(→h_k ‖ ←h_k),  (→h, ←h) = BiLSTM(E)
+    input   = E[x₁] h₁ h₂ E[x₂] … E["# module:"] h₃          to the frozen model, whose own loss trains the encoder
+    h₁ … hₙ = MLP([→s ; ←s]),   →s, ←s = BiLSTM(e₁ … eₙ)
 
-Dimensions: B rows, T tokens, d the embedding's size, n slots; E (n, d) the encoder's own embedding, hidden size h per
-direction, H (n, d) its output, the vectors of the slots. E, LSTM and MLP are trained; the whole model is frozen.
+Dimensions: B rows, T tokens, d the embedding's size, n slots, H (n, d) their vectors; the encoder's embedding e (n, d)
+and hidden size h per direction. e, LSTM and MLP are trained; E (V, d) and all else is frozen.
 
-A template says where the slots are: "[P][P]{source}[P] # module: [P]". The text between them stays words, "anchors",
-that hold the prompt to what it is about. The k-th slot of each row gets the k-th vector, wherever it stands. Without
-a template the slots are put in front, as peft has it.
+A template says where the slots are: "[P][P]{source}[P] # module: [P]". Text between them stays words, as anchors that
+tell the model what it is about. The k-th slot of a row gets the k-th vector, wherever it stands. Without a template
+the slots are in front, as in peft.
 
-Why an encoder: single vectors, trained each by itself, get their gradients one by one, stay near where they started,
-and know nothing of each other; the encoder's weights get the gradients of all, and the LSTM makes of them a sequence.
-It has no input but E. So after training it is evaluated once and thrown away (fold_ptuning).
+Why an encoder: the paper found single vectors to stay in a neighbourhood of their start, and to know nothing of one
+another. Here the same weights make them all, and the LSTM makes each from its neighbours. The encoder has no input but
+e: after training it is evaluated once and thrown away (fold_ptuning).
 
-Trained are n d + the encoder, stored are n d: with GPT-2 (d = 768), the paper's encoder (h = d/2, two layers) and 20
-slots 8,286,720 and 15,360 of the model's 124,439,808; the MLP alone 1,787,136.
+Trained are n d and the encoder, stored are n d: for 20 slots in GPT-2 (d = 768, 124,439,808 parameters) 8,286,720 with
+the encoder of the paper's code (h = d/2, two layers), 1,787,136 with the MLP alone, and 15,360 stored.
 
-Beside its sisters: the input only, anywhere, by an encoder. Prompt tuning puts its vectors before the input and
-trains them as they are; prefix-tuning (and P-tuning v2) gives each layer its own keys and values; adapters sit in
-each block; LoRA can be merged. A prompt cannot: inference has n more positions, and a context that is n shorter.
+Beside its sisters: the input only, anywhere in it, by an encoder. Prompt tuning puts its vectors before the input and
+trains them as they are; prefix-tuning (and P-tuning v2) gives each layer its own keys and values; adapters sit in each
+block; LoRA can be merged. A prompt cannot be: inference has n more positions, and a context that is n shorter.
 
 Paper: P-tuning, arXiv 2103.10385, section 3.
 """
@@ -56,11 +57,24 @@ def fill_template(template, source_ids, encode, pseudo_id):
     return ids
 
 
+def join(front, t, pads):
+    """[front ; t] for front (1, n, ...) and t (B, T, ...): in each row behind its left padding, pads (B, 1) or None."""
+    n, B = front.size(1), len(t)
+    # Cast after expanding, so that the rows' gradients are summed in 32 bits
+    t = torch.cat((front.expand(B, *front.shape[1:]).to(t.dtype), t), 1)  # (B, n + T, ...)
+    if pads is None:
+        return t
+    # Before the pads a sliding window, which counts them, would lose sight of the prompt too early
+    place = torch.arange(t.size(1), device=t.device)
+    source = torch.where(place < pads, place + n, torch.where(place < pads + n, place - pads, place))  # (B, n + T)
+    return t[torch.arange(B, device=t.device)[:, None], source]
+
+
 # -------------------------------------------------------------------------------------------------------------- modules
 
 
 class PromptEncoder(nn.Module):
-    """Makes the vectors of the slots, (n, d): E → BiLSTM → MLP, or E → MLP; in peft's shapes, under peft's names."""
+    """Makes H (n, d): embedding → BiLSTM → MLP, or embedding → MLP; in peft's shapes, under peft's names."""
 
     def __init__(self, n, d, encoder, hidden, layers):
         super().__init__()
@@ -138,8 +152,7 @@ class PTuning(nn.Module):
             "encoder_hidden_size": hidden, "encoder_num_layers": layers, "encoder_dropout": 0.0, "inference_mode": True,
         }  # fmt: skip
         if pseudo_id is not None:  # as P_TUNING, peft would open it and put the vectors in front
-            places = {"peft_type": "P_TUNING_TEMPLATE", "template": template, "pseudo_id": pseudo_id}
-            self.ptuning_config |= places
+            self.ptuning_config |= dict(peft_type="P_TUNING_TEMPLATE", template=template, pseudo_id=pseudo_id)
 
     config = property(lambda self: self.model.config)
     device = property(lambda self: self.model.get_input_embeddings().weight.device)
@@ -155,14 +168,16 @@ class PTuning(nn.Module):
         return fill_template(self.template, source_ids, encode, self.pseudo_id)
 
     def insert(self, ids, x, mask, past=0):
-        """The embeddings of ids (or x) with H among them, and the mask that goes with them. Later H is in the cache."""
-        embed, H = self.model.get_input_embeddings(), None if past else self.prompt()
+        """The embeddings of ids (or x) with H, the mask for that, and the pads that H stands behind, (B, 1) or None."""
+        # With a past, H is in the cache
+        embed, H, pads = self.model.get_input_embeddings(), None if past else self.prompt(), None
         if self.pseudo_id is None:
             x = embed(ids) if x is None else x  # (B, T, d)
             if mask is not None:
-                mask = torch.cat((mask.new_ones(len(x), self.n_tokens), mask), 1)  # (B, n + S)
+                pads = (mask.cumsum(1) == 0).sum(1, keepdim=True)  # (B, 1)
+                mask = join(mask.new_ones(1, self.n_tokens), mask, pads)  # (B, n + S)
             if past == 0:
-                x = torch.cat((H.to(x.dtype).expand(len(x), -1, -1), x), 1)  # (B, n + T, d)
+                x = join(H[None], x, pads)  # (B, n + T, d)
         elif ids is not None:
             slots, expected = ids == self.pseudo_id, 0 if past else self.n_tokens  # (B, T)
             if (slots.sum(1) != expected).any():
@@ -173,14 +188,14 @@ class PTuning(nn.Module):
             x = embed(ids.masked_fill(slots, 0))  # a pseudo-token has no row in the table
             if past == 0:
                 # The k-th slot of each row gets H[k]
-                x = x.masked_scatter(slots[..., None], H.to(x.dtype).expand(len(x), -1, -1))
+                x = x.masked_scatter(slots[..., None], H.expand(len(x), -1, -1).to(x.dtype))
         elif past == 0:
             raise Error("slots are found by their ids: give input_ids, not inputs_embeds")
         count = past + x.size(1)
         if count > self.limit and (mask is None or (count := mask.sum(1).max()) > self.limit):
             others = count - self.n_tokens
             raise Error(f"{self.n_tokens} prompt tokens and {others} others do not fit the {self.limit} positions")
-        return x, mask
+        return x, mask, pads
 
     def forward(
         self, input_ids=None, *, inputs_embeds=None, attention_mask=None, position_ids=None, past_key_values=None,
@@ -191,16 +206,18 @@ class PTuning(nn.Module):
             raise Error("give either input_ids or inputs_embeds")
         n, past = self.n_tokens, 0 if past_key_values is None else past_key_values.get_seq_length()
         T = (input_ids if inputs_embeds is None else inputs_embeds).size(1)
-        x, mask = self.insert(input_ids, inputs_embeds, attention_mask, past)
-        new = x.size(1)  # T, or n + T with H in front
+        x, mask, pads = self.insert(input_ids, inputs_embeds, attention_mask, past)
+        new = x.size(1)  # T; or n + T where H was put in front
         if position_ids is not None and self.pseudo_id is None:
-            ahead = torch.arange(new - T, device=x.device).expand(*position_ids.shape[:-1], -1)
-            position_ids = torch.cat((ahead, position_ids + n), -1)
+            position_ids = position_ids.expand(len(x), -1) + n
+            if past == 0:
+                position_ids = join(torch.arange(n, device=x.device)[None], position_ids, pads)
         elif position_ids is None and mask is not None:
             position_ids = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -new:]  # pads are not counted
-        if labels is not None:
-            labels = labels if self.pseudo_id is None else labels.masked_fill(labels == self.pseudo_id, -100)
-            labels = torch.cat((labels.new_full((len(x), new - T), -100), labels), 1)
+        if labels is not None and self.pseudo_id is not None:
+            labels = labels.masked_fill(labels == self.pseudo_id, -100)
+        elif labels is not None and past == 0:
+            labels = join(labels.new_full((1, n), -100), labels, pads)
         if torch.is_tensor(options.get("logits_to_keep")):  # places in the input
             options["logits_to_keep"] = options["logits_to_keep"] + new - T
         out = self.model(
@@ -221,7 +238,7 @@ class PTuning(nn.Module):
             # Not transformers': a loop around the call, for which this module is as good as the model
             return type(self.model).generate(self, input_ids, max_new_tokens, attention_mask=attention_mask, **options)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        x, mask = self.insert(input_ids, None, mask)
+        x, mask, _ = self.insert(input_ids, None, mask)
         return self.model.generate(
             input_ids=input_ids, inputs_embeds=x, attention_mask=mask, max_new_tokens=max_new_tokens, **options
         )
@@ -232,12 +249,13 @@ class PTuning(nn.Module):
 
 @torch.no_grad()
 def fold_ptuning(model):
-    """Evaluates the encoder once and throws it away: the model computes the same, and holds n d numbers more."""
+    """Evaluates the encoder once and throws it away: what the model infers is the same, bit for bit."""
     if model.encoder is not None:
         model.prompt_embeddings, model.encoder = nn.Parameter(model.prompt().clone()), None
     return model
 
 
+@torch.no_grad()
 def ptuning_state_dict(model):
     """What the training came to, under peft's name: the content of adapter_model.safetensors."""
     return {"prompt_embeddings": model.prompt().detach()}
@@ -324,14 +342,12 @@ if __name__ == "__main__":
         losses[-1].backward()
         optimizer.step()
     same = all(map(torch.equal, before, base.parameters()))
-    print(
-        f"60 steps on the encoder: loss {losses[0]:.2f} to {losses[-1]:.2f}; the base is the same, bit for bit: {same}"
-    )
-    encoded = model(ids).logits
+    print(f"60 steps on the encoder: loss {losses[0]:.2f} to {losses[-1]:.2f}; the base is unchanged: {same}")
+    with torch.no_grad():
+        encoded = model(ids).logits
     same = torch.equal(fold_ptuning(model)(ids).logits, encoded)
     numbers = sum(p.numel() for p in trained)
     print(f"folded, {numbers:,} trained numbers are {model.prompt().numel()}; the logits are the same: {same}")
-    n, d, h = 20, 768, 384
-    lstm = sum(2 * (4 * h * i + 4 * h * h + 8 * h) for i in (d, 2 * h))
-    numbers = n * d + lstm + (2 * h * 2 * h + 2 * h) + (2 * h * d + d)
-    print(f"GPT-2, 20 slots: {numbers:,} trained, {n * d:,} stored, of 124,439,808 parameters")
+    with torch.device("meta"):  # shapes without memory
+        numbers = sum(p.numel() for p in PromptEncoder(20, 768, "lstm", 384, 2).parameters())
+    print(f"GPT-2, 20 slots: {numbers:,} trained, {20 * 768:,} stored, of 124,439,808 parameters")

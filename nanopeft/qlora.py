@@ -12,8 +12,8 @@ and what was rounded off is gone; for the time of one product it is decoded into
 no processor multiplies NF4. A and B learn on top of Ŵ, and can make up for part of what is missing.
 
 What it costs: 4.127 bits for each quantized weight instead of 16, and two decodings in each step. Activations,
-gradients and Adam's state are LoRA's: on a small model, where those and the embeddings are most of the memory, little
-is won; on 65 billion weights it is 130 GB against 34.
+gradients and Adam's state are LoRA's, and the embeddings stay. So a small model gains little: a step of GPT-2 124M on
+128 tokens needs 163 MB above the embeddings, with LoRA 289. 65 billion weights shrink from 130 GB to 34.
 
 Why not merge into 4 bits: an update is far smaller than the gaps between the codes. On weights of deviation 0.02, an
 update of RMS 0.001 merged and quantized again misses what was trained by an RMS of 0.00102: 1.02 times the update, so
@@ -136,20 +136,23 @@ def add_qlora(model, targets="all-linear", *, quant="nf4", double_quant=True, **
     for name, wrapper in lora.lora_layers(model).items():
         if name in layers:
             wrapper.base_layer = QuantizedLinear(layers[name], quant, double_quant)
-            wrapper.is_conv1d = False
     return model
 
 
 @torch.no_grad()
 def merge_qlora(model, dtype=None):
-    """Puts decoded weights back in the type that they came in, or in dtype, and merges: remove_lora then bares them."""
-    for wrapper in lora.lora_layers(model).values():
-        base = wrapper.base_layer
-        if isinstance(base, QuantizedLinear):
-            weight = base.decode(dtype or base.came_in)
-            wrapper.is_conv1d = type(base.emptied).__name__ == "Conv1D"
-            base.emptied.weight = nn.Parameter(weight.t().contiguous() if wrapper.is_conv1d else weight, False)
-            wrapper.base_layer = base.emptied
+    """Puts the layers back with decoded weights, in the type that they came in or in `dtype`, and merges the update.
+
+    What is left is a model with LoRA merged into 16 or 32 bits: lora.remove_lora(model) then gives the plain one.
+    """
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]:
+        weight, original = layer.decode(dtype or layer.came_in), layer.emptied
+        is_conv1d = type(original).__name__ == "Conv1D"
+        original.weight = nn.Parameter(weight.t().contiguous() if is_conv1d else weight, requires_grad=False)
+        lora.replace(model, name, original)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, lora.LoRALinear):
+            parent.is_conv1d = is_conv1d
     return lora.merge_lora(model)
 
 

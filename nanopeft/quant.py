@@ -13,8 +13,8 @@ A float is a sign s, an exponent field E and a mantissa field M of m bits:
     fp8 e4m3fn     1 / 4 / 3                   448          0.016              2^-3     (no infinity)
     fp8 e5m2       1 / 5 / 2                   57344        6.1e-5             2^-2
 
-The exponent sets the range, the mantissa the precision. fp16's 5 bits are an exponent: no "integer part" is stored. And
-the first bit of every normal number is 1 and not stored, so that fp16 has 11 significant bits and bf16 has 8.
+The exponent sets the range, the mantissa the precision. fp16's 5 bits are an exponent, not an "integer part"; its 10
+follow a first 1 that is not stored, which makes 11 significant bits, and 8 in bf16.
 
 To quantize is to scale, round and store: a group of numbers shares one scale, and each keeps a small whole number.
 
@@ -28,9 +28,8 @@ costs 4 + 32/64 = 4.5 bits per number; the scales themselves in 8 bits, "double 
 4 + 8/64 + 32/(64 · 256) = 4.127. On normal weights the RMS error is 9.2 % of their deviation (int8: 0.6 %).
 
 Dimensions: x of any shape with n numbers; groups of one size, the last one filled up with zeros; one scale per group.
-Nothing is trained here. Beside its sister: qlora.py puts these weights under LoRA.
-
-NF4's bytes and scales are bitsandbytes' to the bit, wherever a block's largest number is a normal fp32.
+Nothing is trained here: qlora.py puts such weights under LoRA. NF4's bytes, scales and decoded values are bitsandbytes'
+to the bit, wherever a block's largest number is a normal one in fp32.
 
 Papers: QLoRA, arXiv 2305.14314, eq. 1 to 4 and appendix E; LLM.int8(), arXiv 2208.07339, section 2; the 8-bit map,
 arXiv 2110.02861, section 1.3; fp8, arXiv 2209.05433; mixed precision, arXiv 1710.03740.
@@ -57,7 +56,7 @@ FORMATS = {  # exponent bits, mantissa bits; the sign is one more
 def format_of(dtype):
     """(exponent bits, mantissa bits, bias) of a float type."""
     if dtype not in FORMATS:
-        raise Error(f"no float format of fp32, fp16, bf16 and the two fp8: {dtype}")
+        raise Error(f"{dtype} is none of the formats fp32, fp16, bf16, fp8 e4m3fn and fp8 e5m2")
     exponent_bits, m = FORMATS[dtype]
     return exponent_bits, m, 2 ** (exponent_bits - 1) - 1
 
@@ -146,6 +145,11 @@ def in_groups(x, by):
     return (F.pad(x, (0, -len(x) % by)) if len(x) % by else x).view(-1, by)
 
 
+def pieces(group_size, device):
+    """How many groups to work on at a time: on a CPU 2^17 numbers per thread, which stay in its cache."""
+    return max(1, (torch.get_num_threads() << 17 if device.type == "cpu" else 1 << 24) // group_size)
+
+
 def check(x):
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.numel() == 0:
         raise Error(f"fp32, fp16 or bf16 numbers can be quantized, not {x.numel()} of {x.dtype}")
@@ -159,6 +163,11 @@ def check_finite(scale):
 def check_scale(scale):
     if scale.dtype != torch.float32:
         raise Error(f"scales are kept in fp32, not {scale.dtype}: cast a model before it is quantized, not after")
+
+
+def check_block_size(block_size):
+    if type(block_size) is not int or block_size < 2 or block_size % 2:
+        raise Error(f"a block has an even number of weights, two in a byte, and 64 in the paper: not {block_size!r}")
 
 
 def quantize_int8(x, by="row"):
@@ -228,16 +237,6 @@ def normal_float():
     return (codes / codes.max()).float()
 
 
-def pieces(group_size, device):
-    """How many groups make a piece: on a CPU 2^17 numbers per thread, which its cache holds; a GPU wants more."""
-    return max(1, (torch.get_num_threads() << 17 if device.type == "cpu" else 1 << 24) // group_size)
-
-
-def check_block_size(block_size):
-    if type(block_size) is not int or block_size < 2 or block_size % 2:
-        raise Error(f"a block has an even number of weights, two in a byte, and 64 in the paper: not {block_size!r}")
-
-
 def quantize_nf4(x, block_size=64):
     """(packed uint8 (⌈n/2⌉,), scale fp32 (⌈n/block_size⌉,)): two nibbles in a byte, the first in the high half."""
     check(x)
@@ -270,14 +269,19 @@ def quantize_nf4(x, block_size=64):
     return packed, scale
 
 
+@cache
+def code_pairs(device):
+    """For each byte its two codes, side by side in the 8 bytes of an int64: one lookup for two weights."""
+    codes = torch.tensor(NF4)
+    return torch.cartesian_prod(codes, codes).view(torch.int64)[:, 0].to(device)  # (256,)
+
+
 def dequantize_nf4(packed, scale, shape, dtype=torch.float32, block_size=64):
     """codes[q] · scale, multiplied in fp32 and then cast."""
     check_block_size(block_size)
     check_scale(scale)
     device = packed.device
-    codes = torch.tensor(NF4, device=device)
-    # Each byte's two codes, side by side in the 8 bytes of an int64: one lookup for two weights
-    pairs = torch.cartesian_prod(codes, codes).view(torch.int64)[:, 0]  # (256,)
+    pairs = code_pairs(device)
     x = torch.empty(shape, dtype=dtype, device=device)
     step = block_size * min(len(scale), pieces(block_size, device))
     # All pieces go through the same memory, which stays in the cache
@@ -301,18 +305,16 @@ def dequantize_nf4(packed, scale, shape, dtype=torch.float32, block_size=64):
 @cache
 def dynamic_map(device):
     """256 sorted numbers in [-1, 1], fp32: 2^i of them in each decade 10^(i-7) to 10^(i-6), on either side of 0."""
-    positive = []
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
-        positive.append(10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2))
-    positive = torch.cat(positive)
+    edges = [torch.linspace(0.1, 1, 2**i + 1) for i in range(7)]
+    positive = torch.cat([10.0 ** (i - 6) * ((e[:-1] + e[1:]) / 2) for i, e in enumerate(edges)])  # (127,)
     return torch.cat((-positive, torch.zeros(1), positive, torch.ones(1))).sort().values.to(device)
 
 
 def quantize_scales(scale):
     """(q uint8 of scale's shape, one scale fp32 for each 256 of them, their mean fp32).
 
-    scale = mean + map[q] · scale2: off by up to 0.7 % of the largest distance from the mean among its 256.
+    scale = mean + map[q] · scale2, off by up to 0.7 % of the largest distance from the mean among its 256. A block far
+    smaller than its neighbours is poorly served, and may even get a scale below 0, in bitsandbytes as here.
     """
     mean = scale.mean()
     groups = in_groups(scale - mean, 256)
@@ -335,26 +337,24 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     for dtype, (exponent_bits, m) in FORMATS.items():
         sign, exponent, mantissa = (
-            int(field) for field in split_bits(stored_bits(torch.tensor(-0.3).to(dtype)), dtype)
+            part.item() for part in split_bits(stored_bits(torch.tensor(-0.3).to(dtype)), dtype)
         )
-        largest, normal, _, eps = limits(dtype)
-        print(
-            f"{str(dtype):20} -0.3 = {sign} {exponent:0{exponent_bits}b} {mantissa:0{m}b}, "
-            f"largest {largest:.5g}, smallest normal {normal:.2g}, gap after 1 {eps:.2g}"
-        )
+        largest, normal, _, gap = limits(dtype)
+        print(f"{str(dtype):20} -0.3 = {sign} {exponent:0{exponent_bits}b} {mantissa:0{m}b}", end=", ")
+        print(f"largest {largest:.5g}, smallest normal {normal:.2g}, gap after 1 {gap:.2g}")
     for number, dtype in ((1 + 2**-8, torch.bfloat16), (2049.0, torch.float16), (65520.0, torch.float16)):
         x = torch.tensor(number)
-        print(f"{number} in {dtype}: {value(round_to_bits(x, dtype), dtype).item()}, as torch has it: {x.to(dtype)}")
-    w = torch.randn(768, 2304)
-    packed, scale = quantize_nf4(w)
-    q, scale2, mean = quantize_scales(scale)
-    double = dequantize_nf4(packed, dequantize_scales(q, scale2, mean), w.shape)
-    bits = 8 * sum(t.numel() * t.element_size() for t in (packed, q, scale2, mean)) / w.numel()
+        print(f"{number} in {dtype}: {value(round_to_bits(x, dtype), dtype)}, and torch has {x.to(dtype)}")
     print(f"NF4's constants are off their derivation by {(normal_float() - torch.tensor(NF4)).abs().max():.1e} at most")
+    w = torch.randn(768, 768)
+    packed, scale = quantize_nf4(w)
+    double = quantize_scales(scale)
+    bits = 8 * sum(t.numel() * t.element_size() for t in (packed, *double)) / w.numel()
     for name, kept in (
         ("int8, a scale per tensor", dequantize_int8(*quantize_int8(w, "tensor"), "tensor")),
         ("int8, a scale per row", dequantize_int8(*quantize_int8(w))),
+        ("int8, blocks of 64", dequantize_int8(*quantize_int8(w, 64), 64)),
         ("NF4, blocks of 64, 4.5 bits", dequantize_nf4(packed, scale, w.shape)),
-        (f"NF4, double quantization, {bits:.3f} bits", double),
+        (f"NF4, scales in 8 bits, {bits:.3f} bits", dequantize_nf4(packed, dequantize_scales(*double), w.shape)),
     ):
-        print(f"{name:40} RMS error on N(0, 1): {(kept - w).square().mean().sqrt():.4f}")
+        print(f"{name:35} RMS error on N(0, 1): {(kept - w).square().mean().sqrt():.4f}")

@@ -1,0 +1,510 @@
+# SPDX-License-Identifier: MIT
+"""What nanopeft/ptuning.py claims, against its formula in fp64 and without another library."""
+
+import copy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanopeft import gpt, ptuning
+
+V, D, LIMIT = 64, 16, 48
+TEMPLATE = "[P][P]{source} in [P]# module: [P]"
+
+
+def encode(text):
+    """A token for each character."""
+    return [ord(c) % V for c in text]
+
+
+def tiny_gpt(dtype=torch.float64, **options):
+    """A GPT whose weights are large enough for a vector to make a difference."""
+    model = gpt.GPT(**{**dict(vocab_size=V, n_positions=LIMIT, n_embd=D, n_layer=2, n_head=2), **options})
+    for p in model.parameters():
+        if p.dim() > 1:
+            nn.init.normal_(p, std=0.4)
+    return model.to(dtype).eval()
+
+
+def tuned(*args, dtype=torch.float64, **options):
+    """P-tuning on a small GPT, with vectors about as large as its words."""
+    model = ptuning.PTuning(tiny_gpt(dtype), *args, **options)
+    if model.encoder is not None:
+        nn.init.normal_(model.encoder.mlp_head[-1].weight)
+    return model
+
+
+def assert_close(found, expected, relative=1e-12):
+    """fp64, two layers and an encoder of sums of at most 64 terms: some thousand roundings of 1.1e-16."""
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    assert (found - expected).abs().max() <= relative * expected.abs().max().clamp(min=1e-3)
+
+
+def assert_far(found, other):
+    """By a tenth of the largest value, so that the one could not pass for the other."""
+    assert (found - other).abs().max() >= 0.1 * other.abs().max()
+
+
+seeds = st.integers(0, 999)
+
+
+@st.composite
+def batches(draw, rows=None):
+    """(ids with n slots at different places in each row, n, lengths): padded on the left with a word to one length."""
+    n = draw(st.integers(1, 4))
+    pseudo_id = draw(st.sampled_from([V, V + 7, -1, 3]))  # outside the vocabulary, or a word that is given up
+    word = st.integers(0, V - 1).filter(lambda i: i != pseudo_id)
+    filled = []
+    for _ in range(draw(st.integers(1, 4))):
+        row = draw(st.lists(word, min_size=1, max_size=6))
+        for _ in range(n):
+            row.insert(draw(st.integers(0, len(row))), pseudo_id)
+        filled.append(row)
+    return filled, n, pseudo_id
+
+
+def pad(rows, word=9):
+    T = max(map(len, rows))
+    ids = torch.tensor([[word] * (T - len(row)) + row for row in rows])
+    return ids, torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows])
+
+
+# ---------------------------------------------------------------------------------------------------------- the formula
+
+
+@settings(deadline=None, max_examples=40)
+@given(batches(), seeds)
+def test_each_slot_gets_its_vector_wherever_it_stands(batch, seed):
+    """The base sees H[k] at the k-th slot of each row and E[id] at every word, in one batch of different places."""
+    torch.manual_seed(seed)
+    rows, n, pseudo_id = batch
+    model = tuned(n, pseudo_id=pseudo_id)
+    ids, mask = pad(rows)
+    E, H = model.model.transformer.wte.weight, model.prompt().detach()
+    embeds = torch.zeros(*ids.shape, D, dtype=torch.float64)
+    for b, row in enumerate(ids.tolist()):
+        k = 0
+        for t, i in enumerate(row):
+            if i == pseudo_id:
+                embeds[b, t], k = H[k], k + 1
+            else:
+                embeds[b, t] = E[i].detach()
+        assert k == n
+    embeds.requires_grad_()
+    logits = model.model(inputs_embeds=embeds, attention_mask=mask).logits
+    assert_close(model(ids, attention_mask=mask).logits, logits)
+
+    # the loss is on words alone, and H gets at each slot what the base's input gets there
+    labels = torch.where(mask.bool() & (ids != pseudo_id), ids, -100)
+    if (labels[:, 1:] != -100).any():
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        (gradient,) = torch.autograd.grad(loss, embeds)
+        found = model(ids, attention_mask=mask, labels=torch.where(mask.bool(), ids, -100)).loss  # slots not left out
+        assert_close(found, loss)
+        at_slots = gradient[ids == pseudo_id].view(len(rows), n, D).sum(0)
+        expected = torch.autograd.grad(model.prompt(), [*model.encoder.parameters()], at_slots)
+        for one, other in zip(torch.autograd.grad(found, [*model.encoder.parameters()]), expected):
+            assert_close(one, other)
+
+
+def test_moving_a_slot_moves_its_vector():
+    """With the slot between other words the vector goes there and the words close up, and the logits notice."""
+    torch.manual_seed(0)
+    model = tuned(2, pseudo_id=V)
+    E, H = model.model.transformer.wte.weight, model.prompt()
+    last = []
+    for ids in ([V, 5, 6, V], [5, V, 6, V], [5, 6, V, V], [V, V, 5, 6]):
+        row = torch.tensor([ids])
+        x, _, _ = model.insert(row, None, None)
+        words, slots = row[0] != V, row[0] == V
+        assert torch.equal(x[0, words], E[[5, 6]]) and torch.equal(x[0, slots], H)
+        last.append(model(row).logits[0, -1])
+    for i in range(4):
+        for j in range(i):
+            assert_far(last[i], last[j])
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 5), st.sampled_from(["lstm", "mlp"]), seeds)
+def test_without_a_template_the_vectors_are_in_front(n, encoder, seed):
+    """Without a template, logits and loss are the base's on [H ; E[ids]]; the last vector predicts the first word."""
+    torch.manual_seed(seed)
+    model = tuned(n, encoder=encoder)
+    ids = torch.randint(V, (2, 6))
+    words = model.model.transformer.wte(ids)
+    logits = model.model(inputs_embeds=torch.stack([torch.cat((model.prompt(), row)) for row in words])).logits
+    assert_close(model(ids).logits, logits[:, n:])
+    assert_close(model(inputs_embeds=words).logits, logits[:, n:])
+    assert_close(model(ids, labels=ids).loss, F.cross_entropy(logits[:, n - 1 : -1].flatten(0, 1), ids.flatten()))
+    assert_far(model(ids).logits, model.model(ids).logits)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 3))
+def test_the_encoder_is_a_bidirectional_lstm_and_an_mlp(n, h, layers):
+    """H is MLP of the forward and backward states of an LSTM over E, by the gates' equations; each knows the others."""
+    torch.manual_seed(n)
+    encoder = ptuning.PromptEncoder(n, D, "lstm", h, layers).double()
+    x = encoder.embedding.weight
+    for layer in range(layers):
+        both = []
+        for end, order in (("", range(n)), ("_reverse", range(n - 1, -1, -1))):
+            names = (f"{kind}_l{layer}{end}" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+            W, U, b, c = (getattr(encoder.lstm_head, name) for name in names)
+            state, cell, out = torch.zeros(h, dtype=torch.float64), torch.zeros(h, dtype=torch.float64), [None] * n
+            for t in order:
+                i, f, g, o = (W @ x[t] + b + U @ state + c).view(4, h)
+                cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+                out[t] = state = o.sigmoid() * cell.tanh()
+            both.append(torch.stack(out))
+        x = torch.cat(both, 1)  # (n, 2h)
+    first, _, last = encoder.mlp_head
+    expected = torch.relu(x @ first.weight.t() + first.bias) @ last.weight.t() + last.bias
+    assert encoder().shape == (n, D)
+    assert_close(encoder(), expected)
+
+
+def test_the_lstm_ties_the_slots_together_and_the_mlp_does_not():
+    """Another E at one slot changes all vectors of the LSTM's, and one of the MLP's."""
+    for encoder, moved in (("lstm", 5), ("mlp", 1)):
+        torch.manual_seed(0)
+        model = tuned(5, encoder=encoder)
+        before = model.prompt().detach()
+        with torch.no_grad():
+            model.encoder.embedding.weight[2] += 1
+        assert (model.prompt() != before).any(1).sum() == moved
+
+
+@pytest.mark.parametrize(
+    "n, options, trained",
+    [
+        (20, {}, 8_286_720),
+        (6, {}, 8_275_968),
+        (20, dict(hidden=768), 27_174_144),
+        (20, dict(encoder="mlp"), 1_787_136),
+    ],
+)
+def test_parameter_count_of_gpt2(n, options, trained):
+    """Beside GPT-2 the paper's encoder trains 8.3 million numbers, peft's sizes 27.2, the MLP 1.8; n d are stored."""
+    with torch.device("meta"):
+        base = gpt.GPT(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12)
+        model = ptuning.PTuning(base, n, **options)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
+    assert ptuning.ptuning_state_dict(model)["prompt_embeddings"].numel() == n * 768
+    ptuning.fold_ptuning(model)
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808 + n * 768
+
+
+# ------------------------------------------------------------------------------------------------------------ templates
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data(), st.lists(st.integers(0, V - 1), max_size=6))
+def test_a_template_is_its_parts_in_order(data, source):
+    """[P] becomes the pseudo-token, {source} the source, and any text between them its tokens, spaces included."""
+    text = st.text("ab #:{}P[]\n", min_size=1, max_size=5).filter(
+        lambda s: not any(mark in s for mark in ("[P]", "{source}", "[", "{"))
+    )
+    parts = data.draw(st.lists(st.one_of(st.just("[P]"), text), max_size=8))
+    parts.insert(data.draw(st.integers(0, len(parts))), "{source}")
+    expected = []
+    for part in parts:
+        expected += [V] if part == "[P]" else source if part == "{source}" else encode(part)
+    assert ptuning.fill_template("".join(parts), source, encode, V) == expected
+
+
+def test_fill_gives_what_the_model_reads():
+    """A row filled by the model has its slots as n_tokens and the anchors' tokens between, and is read as such."""
+    torch.manual_seed(0)
+    model = tuned(template=TEMPLATE)
+    assert model.n_tokens == 4 and model.pseudo_id == V
+    row = model.fill([7, 8], encode)
+    assert row == [V, V, 7, 8, *encode(" in "), V, *encode("# module: "), V]
+    E, H = model.model.transformer.wte.weight, model.prompt()
+    by_hand = torch.cat((H[:2], E[row[2:8]], H[2:3], E[row[9:-1]], H[3:]))[None]
+    assert_close(model(torch.tensor([row])).logits, model.model(inputs_embeds=by_hand).logits)
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.lists(st.integers(0, V - 1), min_size=1, max_size=9), st.sampled_from(["lstm", "mlp"]))
+def test_a_template_without_slots_is_the_base(source, encoder):
+    """With no [P] the logits, loss and text are the base's on the filled template, to the last bit."""
+    torch.manual_seed(0)
+    model = ptuning.PTuning(tiny_gpt(), template="x: {source}\n", encoder=encoder)
+    ids = torch.tensor([model.fill(source, encode)])
+    assert ids.tolist() == [[*encode("x: "), *source, *encode("\n")]]
+    for options in ({}, dict(labels=ids), dict(attention_mask=torch.ones_like(ids))):
+        for one, other in zip(model(ids, **options), model.model(ids, **options)):
+            assert (one is None and other is None) or torch.equal(one, other)
+    assert torch.equal(model.generate(ids, 5), model.model.generate(ids, 5))
+    assert ptuning.ptuning_state_dict(ptuning.fold_ptuning(model))["prompt_embeddings"].shape == (0, D)
+
+
+@pytest.mark.parametrize("template", ["[P]", "", "{source}{source}", "{src}[P]"])
+def test_a_template_has_its_source_once(template):
+    """A template without {source}, or with two, is refused, by the model and by the function."""
+    with pytest.raises(ptuning.Error, match="exactly once"):
+        ptuning.PTuning(tiny_gpt(), template=template)
+    with pytest.raises(ptuning.Error, match="exactly once"):
+        ptuning.fill_template(template, [1], encode, V)
+
+
+def test_slots_that_were_cut_away_are_missed():
+    """Rows with a slot too few or too many, a batch without any, and slots after the first step get one clear line."""
+    model = tuned(template=TEMPLATE)
+    row = model.fill([1, 2, 3], encode)
+    for ids, counts in (([row[1:]] * 2, r"\[3, 3\]"), ([[5, *row[:-1]], row], r"\[3, 4\]"), ([[1, 2, 3]], r"\[0\]")):
+        for call in (model, model.generate):
+            with pytest.raises(ptuning.Error, match=f"each row must have 4 slots, not {counts}: cut a long source"):
+                call(torch.tensor([r[: len(min(ids, key=len))] for r in ids]))
+    with pytest.raises(ptuning.Error, match=r"not \[5\]"):
+        model(torch.tensor([[V, *row]]))
+    out = model(torch.tensor([row]), use_cache=True)
+    with pytest.raises(ptuning.Error, match=r"must have 0 slots, not \[1\] after the first step"):
+        model(torch.tensor([[V]]), past_key_values=out.past_key_values)
+    with pytest.raises(ptuning.Error, match="found by their ids"):
+        model(inputs_embeds=torch.zeros(1, 3, D, dtype=torch.float64))
+    with pytest.raises(ptuning.Error, match="no template to fill"):
+        tuned(4).fill([1], encode)
+
+
+# ------------------------------------------------------------------------------------------------ padding and the cache
+
+
+@settings(deadline=None, max_examples=30)
+@given(batches(), st.booleans(), seeds)
+def test_a_padded_row_gives_what_it_gives_alone(batch, front, seed):
+    """Logits and generated tokens of a row do not depend on pads at its left, wherever its slots are."""
+    torch.manual_seed(seed)
+    rows, n, pseudo_id = batch
+    if front:
+        rows = [[i for i in row if i != pseudo_id] for row in rows]
+    model = tuned(n, pseudo_id=None if front else pseudo_id)
+    ids, mask = pad(rows)
+    logits = model(ids, attention_mask=mask).logits
+    together = gpt.generate(model, ids, 5, attention_mask=mask)
+    assert torch.equal(model.generate(ids, 5, attention_mask=mask), together)
+    for i, row in enumerate(rows):
+        assert_close(logits[i, -len(row) :], model(torch.tensor([row])).logits[0])
+        assert torch.equal(gpt.generate(model, torch.tensor([row]), 5)[0], together[i, -len(row) - 5 :])
+
+
+@pytest.mark.parametrize("front", [True, False])
+def test_steps_with_a_cache_give_what_one_call_gives(front):
+    """The vectors go in once: a row in pieces, each after the cache of those before, gives the whole's logits."""
+    torch.manual_seed(0)
+    model = tuned(2) if front else tuned(2, pseudo_id=V)
+    ids = torch.tensor([[9, 9, 5, 6, 7, 1, 2, 3], [9, 4, 5, 6, 7, 1, 2, 3]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8])
+    if not front:
+        ids[0, 2:4], ids[1, 0], ids[1, 3] = V, V, V
+    whole = model(ids, attention_mask=mask).logits
+    cache, found = gpt.Cache(), []
+    for start, end in ((0, 4), (4, 5), (5, 8)):
+        out = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
+        found.append(out.logits)
+    assert cache.get_seq_length() == 8 + 2 * front
+    assert_close(torch.cat(found, 1)[mask.bool()], whole[mask.bool()])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    given_ = model(ids, attention_mask=mask, position_ids=positions).logits
+    assert_close(given_[mask.bool()], whole[mask.bool()])
+    assert_far(model(ids, attention_mask=mask, position_ids=positions.flip(1)).logits, whole)
+
+
+# ---------------------------------------------------------------------------------------------------- fold and training
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(1, 6), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    st.sampled_from([dict(encoder="lstm"), dict(encoder="lstm", layers=1, hidden=3), dict(encoder="mlp", hidden=5)]),
+    st.booleans(), seeds,
+)  # fmt: skip
+def test_folding_changes_nothing(n, dtype, options, front, seed):
+    """Folded, once or twice, the model infers the same bits as with its encoder, and holds n d numbers of its own."""
+    torch.manual_seed(seed)
+    model = tuned(n, dtype=dtype, pseudo_id=None if front else V, **options)
+    ids = torch.randint(V, (2, 5))
+    if not front:
+        ids = torch.cat((ids[:, :2], torch.full((2, n), V), ids[:, 2:]), 1)
+    trained, text, state = model(ids).logits.detach(), model.generate(ids, 3), ptuning.ptuning_state_dict(model)
+    with torch.no_grad():
+        logits = model(ids).logits
+    # torch's LSTM has two ways, with and without gradients: some dozen roundings apart, in the logits a few hundred
+    relative = 300 * torch.finfo(dtype).eps if dtype != torch.bfloat16 else 0.1
+    assert_close(logits, trained, relative)
+    assert model.prompt().dtype == torch.promote_types(dtype, torch.float32)
+    for _ in range(2):
+        assert ptuning.fold_ptuning(model) is model
+        assert model.encoder is None
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, logits) and torch.equal(model.generate(ids, 3), text)
+        assert torch.equal(ptuning.ptuning_state_dict(model)["prompt_embeddings"], state["prompt_embeddings"])
+        assert {k for k, p in model.named_parameters() if not k.startswith("model.")} == {"prompt_embeddings"}
+        assert model.prompt_embeddings.shape == (n, D)
+
+
+@pytest.mark.parametrize("encoder", ["lstm", "mlp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_moves_the_encoder_and_nothing_else(dtype, encoder):
+    """The loss of a text falls by more than half; the base is the same bits, and every tensor of the encoder moved."""
+    torch.manual_seed(0)
+    model = tuned(template=TEMPLATE, dtype=dtype, encoder=encoder).train()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
+    prompt, completion = model.fill([5, 9], encode), [40, 2, 11]
+    ids = torch.tensor([prompt + completion] * 2)
+    labels = ids.clone()
+    labels[:, : len(prompt)] = -100
+    losses = []
+    for _ in range(60):
+        losses.append(model(ids, labels=labels).loss)
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] / 2
+    for n, t in model.state_dict().items():
+        assert torch.equal(t, before[n]) == n.startswith("model."), n
+    assert {p.dtype for p in model.encoder.parameters()} == {torch.float32}
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(n_tokens=5),
+        dict(n_tokens=1, encoder="mlp", hidden=7),
+        dict(encoder="lstm", hidden=3, layers=1, template=TEMPLATE),
+        dict(n_tokens=3, pseudo_id=V + 5),
+        dict(template="{source}"),
+    ],
+)
+def test_state_and_config_come_back(options):
+    """What the config and the state build is folded, has the same slots, and gives the same logits to the last bit."""
+    torch.manual_seed(0)
+    model = tuned(**options)
+    ids = torch.tensor([[1, 2, *[model.pseudo_id or 0] * model.n_tokens, 3]])
+    config, state = ptuning.ptuning_config(model), ptuning.ptuning_state_dict(model)
+    front = "template" not in options and "pseudo_id" not in options
+    assert config["peft_type"] == ("P_TUNING" if front else "P_TUNING_TEMPLATE")
+    other = ptuning.PTuning(copy.deepcopy(model.model), **ptuning.ptuning_arguments(config))
+    assert ptuning.ptuning_config(other) == config
+    ptuning.load_ptuning_state_dict(other, state)
+    with torch.no_grad():
+        assert other.encoder is None and torch.equal(other(ids).logits, model(ids).logits)
+        ptuning.load_ptuning_state_dict(other, state)  # onto a folded one
+        assert torch.equal(other(ids).logits, model(ids).logits)
+
+
+H4 = torch.zeros(4, D)
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        ({}, "not nothing"),
+        ({"prompt_embeddings": H4, "score.weight": H4}, "prompt_embeddings, score.weight"),
+        ({"prompt_embeddings": H4[:3]}, r"\(3, 16\) in the file and \(4, 16\) here"),
+        ({"prompt_embeddings": torch.zeros(4, D, 1)}, r"\(4, 16, 1\) in the file"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(state, message):
+    """Another method's state or another shape is refused, and the encoder is there, as it was."""
+    model = tuned(4)
+    before = model.prompt()
+    with pytest.raises(ptuning.Error, match=message):
+        ptuning.load_ptuning_state_dict(model, state)
+    assert model.encoder is not None and torch.equal(model.prompt(), before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(dict(peft_type=t) for t in ("LORA", "PROMPT_TUNING", None, 3)),
+        *(dict(num_virtual_tokens=n) for n in ("5", 2.0, True, None)),
+        *(dict(encoder_hidden_size=h) for h in ("8", 2.5, True)),
+        *(dict(encoder_num_layers=n) for n in ("2", None, True)),
+        *(dict(task_type="SEQ_CLS"), dict(num_transformer_submodules=2), dict(modules_to_save=["score"])),
+        *(dict(encoder_reparameterization_type=t) for t in ("GRU", None, 3, "lstm")),
+        *(dict(template=t) for t in (3, ["[P]"])),
+        *(dict(pseudo_id=i) for i in ("64", None, 1.0)),
+    ],
+)
+def test_a_config_that_says_something_else_is_refused(change):
+    """Every field that this file reads is checked, and the message names it."""
+    with pytest.raises(ptuning.Error, match=next(iter(change))):
+        ptuning.ptuning_arguments(ptuning.ptuning_config(tuned(template=TEMPLATE)) | change)
+    for foreign in (None, [], "P_TUNING", {}):
+        with pytest.raises(ptuning.Error, match="peft_type"):
+            ptuning.ptuning_arguments(foreign)
+
+
+# ------------------------------------------------------------------------------------------------------------ wrong use
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        *((dict(n_tokens=n), "n_tokens must be a whole number of at least 1") for n in (0, -1, 2.0, "5", True)),
+        (dict(n_tokens=0, pseudo_id=V), "at least 1"),
+        (dict(n_tokens=3, template=TEMPLATE), "the template has 4 slots, and n_tokens is 3"),
+        (dict(encoder="gru"), "lstm or mlp, not 'gru'"),
+        (dict(encoder=None), "lstm or mlp"),
+        *((dict(hidden=h), "hidden and layers must be whole numbers of at least 1") for h in (0, 2.0, True)),
+        (dict(layers=0), "hidden and layers"),
+        (dict(encoder="mlp", layers=3), "layers are the LSTM's"),
+        (dict(pseudo_id="[P]"), "pseudo_id must be a token id"),
+        (dict(n_tokens=LIMIT), "48 prompt tokens leave no room for a text in the model's 48 positions"),
+    ],
+)
+def test_wrong_arguments_are_refused(options, message):
+    """Wrong counts, encoders and sizes get one clear line, with the model untouched."""
+    base = tiny_gpt()
+    with pytest.raises(ptuning.Error, match=message):
+        ptuning.PTuning(base, **options)
+    assert all(p.requires_grad for p in base.parameters())
+
+
+def test_slots_and_text_share_the_context():
+    """Slots and text may fill the positions together, in front or among it; one more is refused, and both counted."""
+    for model, more in ((tuned(5), 0), (tuned(5, pseudo_id=V), 5)):
+        ids = torch.tensor([[V] * more + [1] * (LIMIT - 5)])
+        assert model(ids).logits.shape == (1, LIMIT - 5 + more, V)
+        longer = torch.cat((ids, ids[:, -1:]), 1)
+        for call in (model, lambda x, m=model: m(x, attention_mask=torch.ones_like(x)), model.generate):
+            with pytest.raises(ptuning.Error, match="5 prompt tokens and 44 others do not fit the 48 positions"):
+                call(longer)
+        mask = torch.ones_like(longer)
+        mask[0, 0 if not more else -1] = 0  # as many columns, but one of them a pad
+        assert model(longer, attention_mask=mask).logits.shape == (1, LIMIT - 4 + more, V)
+
+
+def test_wrong_calls_are_refused():
+    """P-tuning around P-tuning, and a call with both or neither of ids and embeddings, say what is wrong."""
+    model, ids = tuned(3), torch.tensor([[1, 2]])
+    with pytest.raises(ptuning.Error, match="the model is a PTuning already"):
+        ptuning.PTuning(model)
+    for inputs in ({}, dict(input_ids=ids, inputs_embeds=model.model.transformer.wte(ids))):
+        with pytest.raises(ptuning.Error, match="either input_ids or inputs_embeds"):
+            model(**inputs)
+
+
+def test_the_demonstration_says_what_the_docstring_claims(tmp_path):
+    """Alone in an empty folder, the file runs and prints exact agreement, a falling loss and the counts."""
+    shutil.copy(Path(ptuning.__file__), tmp_path)
+    code = "import sys, runpy; sys.modules['nanopeft'] = None; runpy.run_path('ptuning.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert float(lines[1].split()[-1]) < 1e-5  # fp32, sums of at most 128 terms
+    assert all(line.endswith("True") for line in lines[2:5]) and "8,286,720 trained, 15,360 stored" in lines[5]
