@@ -25,7 +25,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -103,6 +103,7 @@ def arguments():
     cuda = torch.cuda.is_available()
     add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda, cuda:1, mps (cuda if there is one)")
     add("--zero", type=int, help="under torchrun: ZeRO's stage, 0 to 3; each rank takes its share of every batch")
+    add("--fsdp", action="store_true", help="under torchrun: PyTorch's own fully_shard instead of zero.py")
     add("--offload", choices=["cpu", "disk"], help="with --zero: where master copies and moments are kept")
     add("--compile", action="store_true", help="torch.compile each decoder block")
     add("--save-every", type=int, default=100, help="steps from one saved state to the next (100)")
@@ -131,17 +132,19 @@ def arguments():
     for name, least in dict(steps=1, batch=1, accumulate=1, length=2, save_every=1).items():
         if getattr(args, name) < least:
             raise Error(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.zero is None and world > 1:
-        raise Error(f"{world} processes would all do the same: share the work with --zero 0, 1, 2 or 3")
-    if args.zero is not None and "WORLD_SIZE" not in os.environ:
-        raise Error("--zero is for several processes: torchrun --nproc_per_node 2 train.py ...")
-    if args.zero is not None and args.zero not in (0, 1, 2, 3):
-        raise Error(f"--zero: a stage must be 0, 1, 2 or 3, not {args.zero}")
-    if args.zero is None and args.offload:
+    world, shares = int(os.environ.get("WORLD_SIZE", 1)), args.fsdp or args.zero is not None
+    if world > 1 and not shares:
+        raise Error(f"{world} processes would all do the same: share the work with --zero 0, 1, 2 or 3, or --fsdp")
+    if shares and "WORLD_SIZE" not in os.environ:
+        raise Error("--zero and --fsdp are for several processes: torchrun --nproc_per_node 2 train.py ...")
+    if args.zero not in (None, 0, 1, 2, 3) or (args.fsdp and args.zero is not None):
+        raise Error("give a stage, --zero 0, 1, 2 or 3, or --fsdp")
+    if args.offload and args.zero is None:
         raise Error("--offload belongs to --zero")
-    if args.zero is not None and (args.generate or args.method == "all"):
-        raise Error("--zero trains one method")
+    if shares and (args.generate or args.method == "all"):
+        raise Error("--zero and --fsdp are for training one method")
+    if args.fsdp and (args.method == "qlora" or args.precision == "fp16"):
+        raise Error("--fsdp is for fp32 and bf16, and not for qlora: use --zero")
     if args.batch % world:
         raise Error(f"--batch {args.batch} cannot be shared by {world} processes: give a multiple of {world}")
     for name in ("lr", "weight_decay", "clip"):
@@ -415,6 +418,67 @@ def load_state(path, settings, params, optimizer, engine):
     return run
 
 
+def by_decay(params, weight_decay):
+    """Parameter groups: decay is for matrices, not for biases and norms."""
+    matrices, vectors = ([p for p in params if (p.dim() > 1) == wide] for wide in (True, False))
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+class FSDP:
+    """PyTorch's own ZeRO stage 3, fully_shard, behind the calls of zero.ZeRO.
+
+    All is sharded in fp32, and in dtype while it is used. build: a function that gives the same model, unsharded.
+    """
+
+    def __init__(self, model, blocks, dtype, weight_decay, build, **settings):
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes half a second
+
+        for module in (*blocks, model):
+            fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
+        self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(by_decay(self.params.values(), weight_decay), **settings)
+        self.build, self.loss_scale, self.clean = build, 1.0, 0
+
+    def backward(self, loss):
+        (loss * dist.get_world_size()).backward()  # it takes the mean over ranks, and these are parts of a sum
+
+    def step(self, clip):
+        norm = torch.nn.utils.clip_grad_norm_(self.params.values(), clip).full_tensor().item()
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def state_dict(self):
+        states = {}
+        for name, p in self.params.items():
+            kept = {"master": p.detach(), **self.optimizer.state[p]}
+            kept = {key: t.full_tensor() for key, t in kept.items() if hasattr(t, "full_tensor")}
+            states[name] = {{"exp_avg": "m", "exp_avg_sq": "v"}.get(key, key): t for key, t in kept.items()}
+        return states
+
+    @torch.no_grad()
+    def load_state_dict(self, states):
+        from torch.distributed.tensor import distribute_tensor
+
+        for name, p in self.params.items():
+            master, m, v = (
+                distribute_tensor(states[name][key].to(p.device), p.device_mesh, p.placements)
+                for key in ("master", "m", "v")
+            )
+            p.copy_(master)
+            step = torch.tensor(float(states[name]["step"]))
+            self.optimizer.state[p] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
+
+    @contextmanager
+    def whole(self):
+        model, states = self.build(), self.state_dict()
+        for name, p in model.named_parameters():
+            if name in states:
+                p.data.copy_(states[name]["master"])
+        yield model
+
+
 def main():
     args, given = arguments()
     if args.method == "all":
@@ -430,7 +494,7 @@ def main():
 
     # Ranks: the processes that torchrun started, which all come by here
     rank, world = 0, 1
-    if args.zero is not None:
+    if args.zero is not None or args.fsdp:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
@@ -447,7 +511,7 @@ def main():
 
     # Base
     memory_before, _ = memory(device)
-    base = load_base(args.base, encoding, dtype, device)
+    base = load_base(args.base, encoding, torch.float32 if args.fsdp else dtype, device)
     base_parameters = sum(p.numel() for p in base.parameters())
 
     # Method
@@ -469,24 +533,29 @@ def main():
         for block in base.transformer.h:
             block.compile()
 
-    # Optimizer: decay is for matrices, not for biases and norms
-    matrices, vectors = ([p for p in params.values() if (p.dim() > 1) == wide] for wide in (True, False))
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    # Optimizer
     trained = sum(p.numel() for p in params.values())
     added = 0 if args.method == "full" else trained
     total = max(base_parameters + added, sum(p.numel() for p in model.parameters()))  # a fusion has frozen adapters too
-    engine, whole = None, nullcontext
-    if args.zero is None:
-        optimizer = adamw.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
+    settings = {"lr": args.lr, "betas": (0.9, 0.95)}
+    if args.fsdp:
+        build = lambda: attach(load_base(args.base, encoding, dtype, device), args, encoding, train)  # noqa: E731
+        engine = FSDP(model, base.transformer.h, dtype, args.weight_decay, build, **settings)
+    elif args.zero is not None:
+        settings |= {"stage": args.zero, "offload": args.offload, "blocks": base.transformer.h}
+        engine = zero.ZeRO(model, adamw.AdamW, by_decay(params.values(), args.weight_decay), **settings)
     else:
-        settings = dict(stage=args.zero, offload=args.offload, blocks=base.transformer.h, lr=args.lr, betas=(0.9, 0.95))
-        engine = zero.ZeRO(model, adamw.AdamW, groups, **settings)
-        optimizer, whole = engine.optimizer, engine.whole  # inside of `with whole()` a rank can use the model alone
+        engine = None
+        optimizer = adamw.AdamW(by_decay(params.values(), args.weight_decay), **settings)
+    if engine is not None:
+        optimizer = engine.optimizer
+    # What a rank can use without the others
+    whole = (lambda: nullcontext(model)) if engine is None else engine.whole
 
     # Before, or where an earlier run stopped
     run = {"step": 0, "updates": 0, "losses": [], "tokens": 0, "seconds": 0.0, "training_seconds": 0.0, "peak": 0}
     run |= {"loss_scale": 2.0**16 if args.precision == "fp16" else 1.0, "clean": 0, "skipped": 0}
-    free = ("out", "resume", "save_every", "generate", "prompt", "zero", "offload")  # these change no result
+    free = ("out", "resume", "save_every", "generate", "prompt", "zero", "offload", "fsdp")  # these change no result
     run["settings"] = {k: v for k, v in vars(args).items() if k not in free}
     state = out / "state.safetensors"
     if args.resume and state.exists():
@@ -495,10 +564,10 @@ def main():
         if run["world"] != world:
             say(f"the state is of {run['world']} processes, and here are {world}: other roundings, the same otherwise")
     else:
-        with whole():
-            run["loss_before"], run["bits_before"] = evaluate(model, valid, device, rank, world)
-            run["accuracy_before"] = accuracy(model, valid, device, rank, world) if args.data == "modules" else None
-            run["sample_before"] = sample(model, encoding, text, device, args.seed) if rank == 0 else ""
+        with whole() as full:
+            run["loss_before"], run["bits_before"] = evaluate(full, valid, device, rank, world)
+            run["accuracy_before"] = accuracy(full, valid, device, rank, world) if args.data == "modules" else None
+            run["sample_before"] = sample(full, encoding, text, device, args.seed) if rank == 0 else ""
     run["world"] = world
     say(f"{args.method}, {args.precision}, {device}: {args.base} learns {args.data}")
     say(f"{trained:,} of {total:,} parameters are trained; state saved every {args.save_every} steps to {state}")
@@ -579,19 +648,22 @@ def main():
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
-    # After. What only made the parameters has done its work
-    if args.method == "prefix":
-        prefix.fold_prefix(model)
-    if args.method == "ptuning":
-        ptuning.fold_ptuning(model)
-    with whole():
-        loss_after, bits_after = evaluate(model, valid, device, rank, world)
-        accuracy_after = accuracy(model, valid, device, rank, world) if args.data == "modules" else None
+    # After
+    with whole() as full:
+        if args.method == "prefix":
+            prefix.fold_prefix(full)  # what only made the parameters has done its work
+        if args.method == "ptuning":
+            ptuning.fold_ptuning(full)
+        loss_after, bits_after = evaluate(full, valid, device, rank, world)
+        accuracy_after = accuracy(full, valid, device, rank, world) if args.data == "modules" else None
         peak = max(run["peak"], memory(device)[1] - memory_before)
-        if rank > 0:
-            return dist.destroy_process_group()
-        sample_after = sample(model, encoding, text, device, args.seed)
-        stored, stored_bytes = save_trained(model, encoding, args, out)
+        if rank == 0:
+            sample_after = sample(full, encoding, text, device, args.seed)
+            stored, stored_bytes = save_trained(full, encoding, args, out)
+    if engine is not None:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
 
     # Files
     result = {

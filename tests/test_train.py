@@ -355,13 +355,13 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("method, stage", [("full", 3), ("lora", 2)])
-def test_ranks_train_what_one_process_trains(monkeypatch, files, tmp_path, method, stage):
-    """Two ranks with ZeRO, stopped and resumed, save the bits of two that were not, and one process's numbers.
+@pytest.mark.parametrize("method, share", [("full", "--zero 3"), ("lora", "--zero 2"), ("full", "--fsdp")])
+def test_ranks_train_what_one_process_trains(monkeypatch, files, tmp_path, method, share):
+    """Two ranks with ZeRO or FSDP, stopped and resumed, save the bits of two that were not, and one process's numbers.
 
     In fp32 sums of other order differ by some 2⁻²³ of their terms; Adam's quotient makes up to ten times that of it.
     """
-    flags = f"--method {method} --zero {stage}"
+    flags = f"--method {method} {share}"
     one = train(monkeypatch, files, tmp_path / "one", f"--method {method}")
     done = torchrun(files, tmp_path / "two", flags)
     assert done.returncode == 0, done.stderr
@@ -375,7 +375,7 @@ def test_ranks_train_what_one_process_trains(monkeypatch, files, tmp_path, metho
     script, parts = tmp_path / "stop.py", tmp_path / "parts"
     script.write_text(STOP_AT_THIRD)
     assert torchrun(files, parts, flags, script).returncode and not (parts / name).exists()
-    done = torchrun(files, parts, f"{flags} --resume --offload cpu")
+    done = torchrun(files, parts, f"{flags} --resume" + " --offload cpu" * ("zero" in share))
     assert done.returncode == 0 and "going on from step 3" in done.stdout, done.stderr
     assert (parts / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     # And one process goes on from where two have stopped
@@ -386,8 +386,9 @@ def test_ranks_train_what_one_process_trains(monkeypatch, files, tmp_path, metho
 @pytest.mark.parametrize(
     "flags, says",
     [
-        ("", "share the work"), ("--zero 4", "stage must be"), ("--zero 2 --batch 3", "cannot be shared"),
-        ("--zero 1 --method all", "one method"),
+        ("", "share the work"), ("--zero 4", "give a stage"), ("--zero 2 --batch 3", "cannot be shared"),
+        ("--zero 1 --method all", "one method"), ("--zero 1 --fsdp", "give a stage"),
+        ("--fsdp --precision fp16", "--fsdp is"),
     ],
 )  # fmt: skip
 def test_wrong_use_of_ranks_is_refused(monkeypatch, files, tmp_path, capsys, flags, says):
