@@ -1,0 +1,414 @@
+# SPDX-License-Identifier: MIT
+"""What nanopeft/memory.py claims, against live tensors, transformers and the figures that people remember."""
+
+import inspect
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanopeft import adamw, adapter, gpt, lora, memory, prefix, prompt, ptuning, qlora
+
+EXAMPLES = 20
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# ------------------------------------------------------------------------------------------------------ models to count
+
+
+def build(sizes, method, precision, how):
+    """(model, what is added to its loss): our GPT with the method on it, in the way of train.py."""
+    torch.manual_seed(0)
+    model, extra = gpt.GPT(**sizes).to(DTYPES[precision]), lambda: 0
+    how = dict(how)
+    if method in ("lora", "qlora"):
+        how["r"] = how.pop("rank", 8)
+        (lora.add_lora if method == "lora" else qlora.add_qlora)(model, **how)
+    elif method == "adapter":
+        adapter.add_adapter(model, **how)
+    elif method == "fusion":
+        one = adapter.add_adapter(gpt.GPT(**sizes), placement="pfeiffer", bottleneck=how.get("bottleneck"))
+        adapter.add_fusion(model, [(adapter.adapter_config(one), None)] * how.get("adapters", 2))
+        extra = lambda: adapter.fusion_penalty(model)  # noqa: E731
+    elif method == "prefix":
+        model = prefix.PrefixTuning(model, how.get("tokens", 20), hidden=how.get("hidden"))
+    elif method == "prompt":
+        model = prompt.PromptTuning(model, how.get("tokens", 20))
+    elif method == "ptuning":
+        how["n_tokens"] = how.pop("tokens", 20)
+        if how.pop("template", False):
+            how["pseudo_id"] = sizes["vocab_size"]
+        model = ptuning.PTuning(model, **how)
+    return model, extra
+
+
+def random_batch(sizes, batch, length, how):
+    ids = torch.randint(sizes["vocab_size"], (batch, length))
+    if how.get("template"):
+        ids[:, : how.get("tokens", 20)] = sizes["vocab_size"]
+    return ids
+
+
+def count_step(sizes, method, precision, batch, length, how):
+    """{what predict predicts: bytes counted in a step}, and the model's config."""
+    model, extra = build(sizes, method, precision, how)
+    optimizer = adamw.AdamW([p for p in model.parameters() if p.requires_grad])
+    ids = random_batch(sizes, batch, length, how)
+    with memory.saved_bytes([*model.parameters(), *model.buffers()]) as saved:
+        loss = model(ids, labels=ids).loss + extra()
+    activations = saved()
+    loss.backward()
+    optimizer.step()
+    return {**memory.measured_states(model, optimizer), "activations": activations}, vars(model.config)
+
+
+def sums(parts):
+    return {part: sum(size for _, _, size in items) for part, items in parts.items() if part != "peak"}
+
+
+def assert_predicted(sizes, method, precision, batch, length, how):
+    measured, config = count_step(sizes, method, precision, batch, length, how)
+    assert sums(memory.predict(config, method, precision, batch, length, **how)) == measured
+
+
+VARIANTS = [
+    ("full", {}), ("lora", {}), ("lora", {"rank": 3, "targets": ["c_attn"]}), ("lora", {"targets": ["c_proj"]}),
+    ("lora", {"rank": 1, "targets": ["mlp.c_fc", "attn.c_proj"]}), ("qlora", {}), ("qlora", {"quant": "int8"}),
+    ("qlora", {"targets": ["mlp.c_proj"], "rank": 2}), ("adapter", {}), ("adapter", {"bottleneck": 5}),
+    ("adapter", {"placement": "pfeiffer"}), ("fusion", {}), ("fusion", {"adapters": 1, "bottleneck": 3}),
+    ("prefix", {}), ("prefix", {"tokens": 3, "hidden": 11}), ("prompt", {}), ("prompt", {"tokens": 1}), ("ptuning", {}),
+    ("ptuning", {"tokens": 5, "template": True}), ("ptuning", {"encoder": "mlp", "hidden": 9, "tokens": 4}),
+]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ predicted = measured
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("method, how", VARIANTS, ids=str)
+def test_predicted_bytes_are_the_measured_ones(method, how, precision):
+    """Parameters, gradients, optimizer states and saved activations are predicted to the byte, for every method."""
+    sizes = dict(vocab_size=97, n_positions=64, n_embd=128, n_layer=2, n_head=4)
+    assert_predicted(sizes, method, precision, 2, 20, how)
+
+
+LINEARS = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+few, small = st.integers(1, 4), st.integers(1, 9)
+some = st.sets(st.sampled_from(LINEARS), min_size=1).map(sorted)
+RANDOM = {  # the method's settings, drawn
+    "full": st.just({}),
+    "lora": st.fixed_dictionaries({"rank": small, "targets": some}),
+    "qlora": st.fixed_dictionaries({"rank": small, "targets": some, "quant": st.sampled_from(["nf4", "int8"])}),
+    "adapter": st.fixed_dictionaries({"bottleneck": small, "placement": st.sampled_from(["houlsby", "pfeiffer"])}),
+    "fusion": st.fixed_dictionaries({"bottleneck": small, "adapters": few}),
+    "prefix": st.fixed_dictionaries({"tokens": small, "hidden": st.none() | small}),
+    "prompt": st.fixed_dictionaries({"tokens": small}),
+    "ptuning": st.fixed_dictionaries({"tokens": small, "encoder": st.just("lstm"), "hidden": small, "layers": few})
+    | st.fixed_dictionaries({"tokens": small, "encoder": st.just("mlp"), "template": st.booleans()}),
+}
+
+
+@pytest.mark.parametrize("method", memory.SETTINGS)
+def test_predicted_bytes_over_random_shapes(method):
+    """The same over random sizes of model, batch and method."""
+
+    @settings(deadline=None, max_examples=EXAMPLES)
+    @given(
+        few, few, small, st.integers(9, 99), st.integers(1, 3), st.integers(2, 24), st.sampled_from([*DTYPES]),
+        RANDOM[method],
+    )  # fmt: skip
+    def check(layers, heads, head_dim, vocabulary, batch, length, precision, how):
+        if how.get("quant") == "nf4":  # its scales are quantized in groups of 256: a width that fills them
+            heads, head_dim = (1, 128) if heads == 3 else (heads, 128 // heads)
+        length = max(length, how.get("tokens", 0))  # a template has its slots inside
+        sizes = dict(n_layer=layers, n_head=heads, n_embd=heads * head_dim, vocab_size=vocabulary, n_positions=40)
+        assert_predicted(sizes, method, precision, batch, length, how)
+
+    check()
+
+
+def measured_peak(sizes, method, precision, batch, length, how, accumulate=1):
+    model, extra = build(sizes, method, precision, how)
+    optimizer = adamw.AdamW([p for p in model.parameters() if p.requires_grad])
+    ids = random_batch(sizes, batch, length, how)
+
+    def step():
+        for _ in range(accumulate):
+            (model(ids, labels=ids).loss + extra()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    stored = [*model.parameters(), *model.buffers(), *(t for s in optimizer.state.values() for t in s.values())]
+    with memory.peak_bytes(stored, torch.device("cpu")) as peak:
+        step()
+    return peak(), vars(model.config)
+
+
+def assert_peak(sizes, method, precision, batch, length, how, accumulate=1):
+    measured, config = measured_peak(sizes, method, precision, batch, length, how, accumulate)
+    predicted = memory.total(memory.predict(config, method, precision, batch, length, accumulate, **how)["peak"])
+    assert abs(predicted / measured - 1) <= 0.03  # left out are masks, casts of small tensors, indices
+
+
+NANO = dict(vocab_size=3072, n_positions=512, n_embd=256, n_layer=6, n_head=4)
+GPT2 = dict(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12)
+
+
+@pytest.mark.parametrize(
+    "method, precision, batch, accumulate",
+    [("full", "bf16", 16, 1), ("lora", "fp32", 16, 1), ("full", "fp32", 4, 2)],
+)
+def test_peak_of_a_step(method, precision, batch, accumulate):
+    """The peak of a step of the base is predicted to 3 %, also where gradients of an earlier micro-batch are there."""
+    assert_peak(NANO, method, precision, batch, 128, {}, accumulate)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method, how", VARIANTS, ids=str)
+def test_peak_of_every_method(method, how, precision):
+    """The peak of a step of the base is predicted to 3 % for every method."""
+    assert_peak(NANO, method, precision, 16, 128, how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "prompt"])
+def test_peak_of_gpt2(method, precision):
+    """The peak is predicted to 3 % where the model is larger than its activations: GPT-2 on one row of 128."""
+    assert_peak(GPT2, method, precision, 1, 128, {})
+
+
+# ------------------------------------------------------------------------------------------------ the article's figures
+
+
+def gb(items):
+    return sum(size for _, _, size in items) / 1e9
+
+
+def test_inference_of_6b():
+    """6B parameters take 24 GB in fp32, 12 in 16 bits, 6 in int8, and 4.127 bits each in NF4."""
+    found = {what: size / 1e9 for what, _, size in memory.inference(memory.find_sizes("6B"))}
+    assert list(found)[:3] == ["fp32", "fp16, bf16", "int8"] and list(found.values())[:3] == [24, 12, 6]
+    assert found["NF4"] * 8 / 6 == pytest.approx(4.126953, abs=1e-6)
+
+
+def states(name, gpus=1):
+    """{how: {part: GB}} of training."""
+    found = memory.training(memory.find_sizes(name), gpus)
+    return {how: {part: size / 1e9 for part, _, size in parts} for how, parts in found.items()}
+
+
+def test_zero_of_7b_on_8_devices():
+    """7B on 8 devices: 112, 38.5, 26.25 and 14 GB in ZeRO's stages; what offload moves is no longer there."""
+    found = states("7B", 8)
+    kept = {how: sum(parts.values()) - parts.get("offloaded", 0) for how, parts in found.items()}
+    assert [kept[f"ZeRO {stage}"] for stage in range(4)] == [112, 38.5, 26.25, 14]
+    for stage in range(4):
+        moved = found[f"ZeRO {stage} + offload"]["offloaded"]
+        assert moved == (84 if stage == 0 else 10.5)
+        assert kept[f"ZeRO {stage} + offload"] == kept[f"ZeRO {stage}"] - moved
+
+
+def test_three_readings_of_6b_times_4():
+    """Training 6B: four copies take 96 GB in fp32 and 48 in 16 bits; mixed precision 96, eight times the model."""
+    found = states("6B")
+    assert found["all in fp32"] == {"parameters": 24, "gradients": 24, "optimizer": 48}
+    assert sum(found["all in 16 bits"].values()) == 48
+    assert found["mixed precision"] == {"parameters": 12, "gradients": 12, "optimizer": 72}
+    assert sum(found["mixed precision"].values()) == 8 * 12
+
+
+def test_lora_of_6b_takes_about_14_gb():
+    """LoRA on 6B in bf16 at one row of 512 tokens: 14 GB, of which activations are the most beside the model."""
+    config = memory.MODELS["gpt-6b"]
+    step = memory.predict(config, "lora", "bf16", 1, 512)
+    assert memory.find_sizes("gpt-6b").Ψ == pytest.approx(6e9, rel=0.03)
+    adapters = 16 * 28 * 8 * 16 * 4096  # r (in + out) is r · 16 d for the four linear layers; 4 + 4 + 8 bytes
+    assert gb(step["parameters"] + step["gradients"] + step["optimizer"]) == pytest.approx(
+        2 * 5_853_470_720 / 1e9 + adapters / 1e9, rel=1e-12
+    )
+    # 16 d per token and layer in bf16: two norms' inputs and outputs, q, k, v, attention, GELU's input and output
+    assert gb(step["activations"]) == pytest.approx(28 * 512 * 16 * 4096 * 2 / 1e9, rel=0.03)
+    assert gb(step["peak"]) == pytest.approx(14, abs=0.1)
+    for figure in ("11.71 GB", "0.23 GB", "1.92 GB", "19.7 GB"):
+        assert figure in memory.__doc__
+    assert adapters / 1e9 == pytest.approx(0.23, abs=0.005)
+    assert gb(step["activations"]) == pytest.approx(1.92, abs=0.005)
+    assert gb(memory.predict(config, "lora", "bf16", 4, 512)["peak"]) == pytest.approx(19.7, abs=0.05)
+
+
+def test_lora_by_size_alone_is_near_the_exact_shape():
+    """The share of LoRA that a bare number of parameters is given is within a fifth of Llama-7B's own."""
+    exact, guessed = states("llama-7b"), states("6.738B")
+    assert guessed["LoRA, r = 8"]["gradients"] == pytest.approx(exact["LoRA, r = 8"]["gradients"], rel=0.2)
+
+
+# ------------------------------------------------------------------------------------------------------------- counting
+
+
+def hugging_face_size(name):
+    import transformers
+
+    kinds = {"gpt2": transformers.GPT2Config, "llama": transformers.LlamaConfig}
+    config = kinds[memory.MODELS[name]["model_type"]](**memory.MODELS[name])
+    with torch.device("meta"):
+        return sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters()), config
+
+
+@pytest.mark.parametrize("name", memory.MODELS)
+def test_parameters_are_transformers_own(name, tmp_path):
+    """Each model of the table has as many parameters as transformers gives it, and so has its config.json."""
+    expected, config = hugging_face_size(name)
+    config.save_pretrained(tmp_path)
+    for sizes in (memory.find_sizes(name), memory.find_sizes(tmp_path), memory.find_sizes(tmp_path / "config.json")):
+        assert sizes.Ψ == expected
+    known = {"gpt2": 124_439_808, "llama-7b": 6_738_415_616, "llama-13b": 13_015_864_320, "llama-70b": 68_976_648_192}
+    assert known.get(name, expected) == expected
+
+
+@pytest.mark.parametrize(
+    "method, how, expected",
+    [
+        ("full", {}, 124_439_808), ("lora", {"targets": ["c_attn"]}, 294_912), ("fusion", {}, 21_252_096),
+        ("adapter", {}, 1_789_056), ("adapter", {"placement": "pfeiffer"}, 894_528), ("prefix", {}, 368_640),
+        ("prefix", {"hidden": 512}, 9_864_704), ("prompt", {}, 15_360), ("ptuning", {"tokens": 6}, 8_275_968),
+        ("ptuning", {"encoder": "mlp"}, 1_787_136),
+    ],
+)  # fmt: skip
+def test_trained_parameters_of_gpt2(method, how, expected):
+    """What each method trains of GPT-2 is what the papers' code and peft train."""
+    step = memory.predict(memory.MODELS["gpt2"], method, "fp32", 2, 8, **how)
+    assert sum(size for _, _, size in step["gradients"]) == 4 * expected
+
+
+def test_defaults_are_those_of_the_techniques():
+    """What is not given is what the techniques' own files take."""
+    for function, method, names in (
+        (lora.add_lora, "lora", {"r": "rank"}), (qlora.add_qlora, "qlora", {"quant": "quant"}),
+        (adapter.add_adapter, "adapter", {"placement": "placement", "bottleneck": "bottleneck"}),
+        (prefix.PrefixTuning, "prefix", {"n_tokens": "tokens", "hidden": "hidden"}),
+        (prompt.PromptTuning, "prompt", {"n_tokens": "tokens"}),
+        (ptuning.PTuning, "ptuning", {"encoder": "encoder", "hidden": "hidden", "layers": "layers"}),
+    ):  # fmt: skip
+        given = inspect.signature(function).parameters
+        assert {ours: given[name].default for name, ours in names.items()}.items() <= memory.SETTINGS[method].items()
+
+
+def test_the_base_is_in_the_table():
+    """ "nano" of the table is the embedded base."""
+    config = gpt.read_config(gpt.find_checkpoint("nano") / "config.json")
+    sizes = memory.MODELS["nano"].items() - {("model_type", "gpt2")}
+    assert sizes <= config.items()
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+def test_a_piece_of_memory_counts_once():
+    """Views and tied weights count once, with all that they keep alive; what is no tensor does not count."""
+    x, y = torch.zeros(10), torch.zeros(3, dtype=torch.bfloat16)
+    assert sum(memory.storages([x, x[2:4], y, x.detach(), None, torch.zeros(0), 1]).values()) == 46
+
+
+def test_saved_tensors_are_counted_while_they_are_alive():
+    """Counted is what autograd still holds, not what it has held, and nothing that is stored anyway."""
+    W, x = torch.nn.Parameter(torch.ones(4, 4)), torch.ones(8, 4)
+    with memory.saved_bytes([W]) as saved:
+        y = (x @ W).exp()  # x for dW, the result of exp
+        (x @ W).exp().sum().backward()
+    assert saved() == 2 * 8 * 4 * 4
+    del y
+    assert saved() == 0
+
+
+def test_peak_counts_what_was_there_and_what_came_and_went():
+    """The peak is what was stored before and the most that was alive at once inside."""
+    before = torch.zeros(1000)
+    with memory.peak_bytes([before], torch.device("cpu")) as peak:
+        x = torch.empty(5000)
+        del x
+        y = torch.empty(3000)
+        z = torch.empty(1500)
+        del y
+        w = torch.empty(2000)
+    assert peak() == 4 * 6000
+    del z, w
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def run(capsys, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["memory", *arguments])
+    memory.main()
+    return capsys.readouterr().out
+
+
+def test_command_line_of_the_article(capsys, monkeypatch):
+    """The tables show the article's figures, and --json the same in bytes."""
+    shown = run(capsys, monkeypatch, "6B")
+    assert all(figure in shown for figure in ("24.000 GB", "12.000 GB", "6.000 GB", "3.095 GB"))
+    shown = run(capsys, monkeypatch, "7B", "--gpus", "8")
+    assert all(f" {figure} " in shown for figure in ("112.00", "38.50", "26.25", "14.00"))
+    found = json.loads(run(capsys, monkeypatch, "7B", "--gpus", "8", "--stage", "2", "--json"))
+    assert list(found)[-2:] == ["ZeRO 2", "ZeRO 2 + offload"]
+    assert [item["bytes"] for item in found["ZeRO 2"]] == [14e9, 14e9 / 8, 84e9 / 8]
+
+
+@pytest.mark.parametrize("method", memory.SETTINGS)
+def test_command_line_of_a_step(method, capsys, monkeypatch):
+    """A step's table and its JSON hold what predict says, for every method."""
+    arguments = ("gpt2", "--method", method, "--batch", "4", "--length", "256", "--precision", "fp32")
+    step = memory.predict(memory.MODELS["gpt2"], method, "fp32", 4, 256)
+    shown, found = run(capsys, monkeypatch, *arguments), json.loads(run(capsys, monkeypatch, *arguments, "--json"))
+    for part, items in step.items():
+        assert [(item["what"], item["formula"], item["bytes"]) for item in found[part]] == items
+        assert all(f"{size:,}" in shown for _, _, size in items)
+    tokens = 256 + (20 if method in ("prompt", "ptuning") else 0)
+    assert [item["bytes"] for item in found["beside it"]] == [2 * 12 * 768 * 4 * tokens * 4, 4 * tokens * 50257 * 4]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("7X", "7X"), ("-6B", "6B"), ("0B", "0B"), ("9999999T", "9999999T"), ("1e9", "1e9"), ("6", "6"), ("", "''"),
+        ("nanB", "nanB"), ("gpt5", "gpt5"), ("pyproject.toml", "config.json"), ("6B --batch 3", "batch"),
+        ("7B --gpus 0", "gpus"), ("7B --gpus -1", "gpus"), ("7B --gpus x", "gpus"), ("7B --gpus 8 --stage 4", "stage"),
+        ("7B --stage 2", "stage"), ("7B --method lora", "7B"), ("gpt2 --rank 3", "rank"),
+        ("gpt2 --gpus 8 --method lora", "method"), ("gpt2 --method lora --stage 2", "stage"),
+        ("gpt2 --method lara", "lara"), ("gpt2 --method lora --rank 0", "rank"), ("gpt2 --precision fp8", "fp8"),
+        ("gpt2 --method lora --tokens 3", "tokens"), ("gpt2 --method prefix --tokens 0", "tokens"),
+        ("gpt2 --method lora --batch 0", "batch"), ("gpt2 --method lora --length 9999999999", "length"),
+        ("gpt2 --method lora --length 1025", "1024"), ("gpt2 --method prompt --length 1020", "1024"),
+    ],
+)  # fmt: skip
+def test_wrong_use_is_one_line(arguments, message, capsys, monkeypatch):
+    """A size, name or number that cannot be: one line that names it, and exit code 2."""
+    with pytest.raises(memory.Error) as error:
+        run(capsys, monkeypatch, *(arguments.split(" ")))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_wrong_use_on_the_command_line():
+    """From the shell that line is on stderr, after the program's name, and the exit code is 2."""
+    done = subprocess.run([sys.executable, "-m", "nanopeft.memory", "7X"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("memory.py: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [[], {}, {"model_type": "bert"}, {"model_type": "gpt2", "n_layer": 0}, {"model_type": "gpt2", "n_embd": "x"},
+     {"model_type": "gpt2", "n_head": 7}, {"model_type": "llama", "hidden_size": 1 << 30},
+     {"model_type": "llama", "attention_bias": True}],
+)  # fmt: skip
+def test_a_config_that_cannot_be_counted_is_refused(config, tmp_path):
+    """A config.json of another model, or with sizes that cannot be, is refused, not counted."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(memory.Error, match="config.json"):
+        memory.find_sizes(tmp_path)
