@@ -119,7 +119,7 @@ class PTuning(nn.Module):
             raise Error(f"hidden and layers must be whole numbers of at least 1, not {hidden!r} and {layers!r}")
         if encoder == "mlp" and layers != 2:
             raise Error("layers are the LSTM's: leave it out with the mlp")
-        if pseudo_id is not None and type(pseudo_id) is not int:
+        if pseudo_id is not None and not (type(pseudo_id) is int and 0 <= pseudo_id < 1 << 31):
             raise Error(f"pseudo_id must be a token id, not {pseudo_id!r}")
         config = getattr(model, "config", None)
         limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
@@ -251,6 +251,8 @@ def load_ptuning_state_dict(model, state):
     H, shape = state["prompt_embeddings"], (model.n_tokens, model.ptuning_config["token_dim"])
     if H.shape != shape:
         raise Error(f"the prompt is {tuple(H.shape)} in the file and {shape} here")
+    if not H.is_floating_point() or H.element_size() < 2:
+        raise Error(f"the prompt is {H.dtype} in the file, which holds no trained numbers")
     fold_ptuning(model).prompt_embeddings.copy_(H)
 
 
