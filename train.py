@@ -24,6 +24,8 @@ import subprocess
 import sys
 import textwrap
 import time
+import traceback
+import zlib
 from pathlib import Path
 
 import tiktoken
@@ -49,6 +51,10 @@ METHODS = {  # the options of each, and their defaults
 
 class Error(ValueError):
     """A run that cannot be done as asked; the message says what would be right."""
+
+
+class Failure(Exception):
+    """A run that was asked for rightly and cannot go on; the message says what is left of it."""
 
 
 ERRORS = (Error, *(part.Error for part in (adamw, adapter, data, gpt, lora, prefix, prompt, ptuning, qlora, quant)))
@@ -102,11 +108,12 @@ def arguments():
     add("--resume", action="store_true", help="go on from the state in the folder of the results, if there is one")
     add("--prompt", help="what the samples go on from (the start of the validation data)")
     add("--generate", metavar="FOLDER", help="do not train: go on from --prompt with what was trained in this folder")
+    add("--debug", action="store_true", help="show where in the program an error came from")
     args = parser.parse_args()
 
     # A flag works or is refused
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    idle = given - {"generate", "prompt", "precision", "device", "seed"}
+    idle = given - {"generate", "prompt", "precision", "device", "seed", "debug"}
     if args.generate and idle:
         raise Error(f"--generate does not train: leave out {', '.join(sorted(idle))}")
     options = METHODS.get(args.method, {})
@@ -152,12 +159,18 @@ def load_tokenizer(base):
 def load_base(base, encoding, dtype, device):
     if base == "scratch":
         return gpt.GPT(vocab_size=encoding.n_vocab).to(device, dtype)
-    return gpt.GPT.from_pretrained(base, dtype).to(device)
+    model = gpt.GPT.from_pretrained(base, dtype)
+    if encoding.n_vocab > model.config.vocab_size:
+        raise Error(f"{base} has a tokenizer of {encoding.n_vocab} tokens, and a model of {model.config.vocab_size}")
+    return model.to(device)
 
 
 def attach(model, args, encoding, train):
     """The model with what the method trains; all else is frozen."""
     if args.method in ("lora", "qlora"):
+        if args.rank > model.config.n_embd:
+            width = f"the model's width, {model.config.n_embd}"
+            raise Error(f"--rank {args.rank} is above {width}: no update has a rank above it")
         targets = args.targets if args.targets == "all-linear" else args.targets.split(",")
         if args.method == "lora":
             return lora.add_lora(model, targets, r=args.rank, alpha=args.alpha)
@@ -198,8 +211,11 @@ def trained_files(model, method):
 def save_trained(model, encoding, args, folder):
     """Writes what was trained, full: a GPT-2 checkpoint; (parameters, bytes) on the disk."""
     if args.method == "full":
-        model.save_pretrained(folder)
-        data.save_tokenizer(encoding, folder)
+        try:
+            model.save_pretrained(folder)
+            data.save_tokenizer(encoding, folder)
+        except (OSError, SafetensorError) as error:
+            raise Failure(f"{folder} cannot be written: {error}; --resume writes it again") from None
         files = ("config.json", "model.safetensors", "vocab.json", "merges.txt")
         return sum(p.numel() for p in model.parameters()), sum((folder / name).stat().st_size for name in files)
     state, config = trained_files(model, args.method)
@@ -215,16 +231,19 @@ def save_trained(model, encoding, args, folder):
 
 def read_adapter(folder):
     """(config, state) of what save_trained wrote."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not os.path.isfile(folder / name):  # a pipe would be waited for
+            raise Error(f"{folder} holds no adapter: there is no file {name}")
     try:
         config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
         return config, load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, RecursionError) as error:
         raise Error(f"{folder} holds no adapter: {error}") from None
 
 
 def load_trained(folder, dtype, device):
     """(model, tokenizer) from what save_trained wrote."""
-    if not (folder / "adapter_config.json").exists():
+    if not os.path.exists(folder / "adapter_config.json"):
         encoding = load_tokenizer(str(folder))
         return load_base(str(folder), encoding, dtype, device), encoding
     config, state = read_adapter(folder)
@@ -242,11 +261,17 @@ def load_trained(folder, dtype, device):
     else:
         read, add, load = lora.lora_arguments, lora.add_lora, lora.load_lora_state_dict
     settings = read(config)
-    if "base_quantization" in config:
-        add, settings["quant"] = qlora.add_qlora, config["base_quantization"]
+    if add is ptuning.PTuning:  # the file holds what its encoder made: the one that it replaces may be small
+        settings |= {"hidden": 1, "layers": 2}
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str):
         raise Error(f"{folder / 'adapter_config.json'} does not say which base it is for: base_model_name_or_path")
+    # First on a base of shapes alone: what does not fit it is refused before it takes any memory
+    with torch.device("meta"):
+        shapes = gpt.GPT(**gpt.read_config(gpt.find_checkpoint(base) / "config.json"))
+    load(add(shapes, **settings), state)
+    if "base_quantization" in config:
+        add, settings["quant"] = qlora.add_qlora, config["base_quantization"]
     encoding = load_tokenizer(base)
     model = add(load_base(base, encoding, dtype, device), **settings)
     load(model, state)
@@ -269,8 +294,12 @@ def room(model):
 def write(path, content):
     """A file that is there whole or not at all. content: bytes, or a function that writes to the path it is given."""
     new = path.with_name(path.name + ".new")
-    new.write_bytes(content) if isinstance(content, bytes) else content(new)
-    os.replace(new, path)
+    try:
+        new.write_bytes(content) if isinstance(content, bytes) else content(new)
+        os.replace(new, path)
+    except (OSError, SafetensorError) as error:  # the disk is full, say
+        new.unlink(missing_ok=True)
+        raise Failure(f"{path} cannot be written, and stays as it was: {error}; --resume then goes on") from None
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -316,7 +345,7 @@ def sample(model, encoding, text, device, seed):
     torch.manual_seed(seed)
     ids = gpt.generate(model, ids, min(80, left), temperature=0.8, top_k=20, eos_token_id=encoding.eot_token)
     model.train()
-    return encoding.decode([i for i in ids[0].tolist() if i < encoding.eot_token])
+    return encoding.decode([i for i in ids[0].tolist() if i < encoding.n_vocab and i != encoding.eot_token])
 
 
 def memory(device):
@@ -347,32 +376,51 @@ def learning_rate(step, args):
     return args.lr * (1 + math.cos(math.pi * (step - warmup) / (args.steps - warmup))) / 2
 
 
+def checksum(tensors, text):
+    """Of all that a state holds: names, types, shapes, bits, and the text."""
+    total = zlib.crc32(text.encode())
+    for key, t in sorted(tensors.items()):
+        total = zlib.crc32(f"{key} {t.dtype} {tuple(t.shape)}".encode(), total)
+        total = zlib.crc32(t.cpu().reshape(-1).view(torch.uint8).numpy(), total)
+    return f"{total:08x}"
+
+
 def save_state(path, run, params, optimizer):
     """run: what JSON can hold. The rest: parameters and their optimizer state, by name."""
     tensors = {f"parameter {name}": p.detach().contiguous() for name, p in params.items()}
     for name, p in params.items():
         tensors |= {f"{key} {name}": t for key, t in optimizer.state[p].items() if torch.is_tensor(t)}
-    write(path, lambda new: save_file(tensors, new, metadata={"run": json.dumps(run)}))
+    metadata = {"run": json.dumps(run), "checksum": checksum(tensors, json.dumps(run))}
+    write(path, lambda new: save_file(tensors, new, metadata=metadata))
 
 
 def load_state(path, settings, params, optimizer):
     """The run that save_state wrote, its tensors put back; Error if it was another run."""
     try:
         with safe_open(path, "pt") as file:
-            run = json.loads(file.metadata()["run"])
-            for name, value in settings.items():
-                if (old := run["settings"].get(name)) != value:
-                    raise Error(f"{path} is of a run with {name} = {old}, not {value}: give the same, or another --out")
-            for key in file.keys():
-                kind, name = key.split(" ", 1)
-                p = params[name]
-                if kind == "parameter":
-                    p.data.copy_(file.get_tensor(key))
-                else:
-                    optimizer.state[p][kind] = file.get_tensor(key).to(p.device)
-                    optimizer.state[p]["step"] = run["updates"]
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise error if isinstance(error, Error) else Error(f"{path} is not the state of a run: {error!r}") from None
+            text, expected = file.metadata()["run"], file.metadata()["checksum"]
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise Error(f"{path} is not the state of a run: {error!r}; without --resume the run starts again") from None
+    if checksum(tensors, text) != expected:
+        raise Error(f"{path} is damaged: its checksum does not fit; without --resume the run starts again")
+    run = json.loads(text)
+    for name, value in settings.items():
+        if (old := run["settings"].get(name)) != value:
+            raise Error(f"{path} is of a run with {name} = {old}, not {value}: give the same, or another --out")
+    shapes = {key: t.shape for key, t in tensors.items()}
+    for key, shape in shapes.items():
+        name = key.split(" ", 1)[1]
+        if name not in params or params[name].shape != shape or f"parameter {name}" not in tensors:
+            raise Error(f"{path} has {key} {list(shape)}, which does not fit: the base is not the one of its run")
+    for name, p in params.items():
+        if f"parameter {name}" not in tensors:
+            raise Error(f"{path} has no {name}: the base is not the one of its run")
+        p.data.copy_(tensors.pop(f"parameter {name}"))
+    for key, t in tensors.items():
+        kind, name = key.split(" ", 1)
+        optimizer.state[params[name]][kind] = t.to(params[name].device)
+        optimizer.state[params[name]]["step"] = run["updates"]
     return run
 
 
@@ -428,14 +476,16 @@ def main():
     # Before, or where an earlier run stopped
     run = {"step": 0, "updates": 0, "losses": [], "tokens": 0, "seconds": 0.0, "training_seconds": 0.0, "peak": 0}
     run |= {"loss_scale": 2.0**16 if args.precision == "fp16" else 1.0, "clean": 0, "skipped": 0}
-    free = ("out", "resume", "save_every", "generate", "prompt")  # these change no result
+    free = ("out", "resume", "save_every", "generate", "prompt", "debug")  # these change no result
     run["settings"] = {k: v for k, v in vars(args).items() if k not in free}
     state = out / "state.safetensors"
-    if args.resume and state.exists():
+    if args.resume and state.is_file():
         run = load_state(state, run["settings"], params, optimizer)
         print(f"going on from step {run['step']} of {state}")
     else:
         run["loss_before"], run["bits_before"] = evaluate(model, valid, device)
+        if not math.isfinite(run["loss_before"]):
+            raise Failure(f"loss {run['loss_before']} before any step: {args.base} is damaged, or needs more bits")
         run["accuracy_before"] = accuracy(model, valid, device) if args.data == "modules" else None
         run["sample_before"] = sample(model, encoding, text, device, args.seed)
     trained = sum(p.numel() for p in params.values())
@@ -444,7 +494,10 @@ def main():
     print(f"{args.method}, {args.precision}, {device}: {args.base} learns {args.data}")
     print(f"{trained:,} of {total:,} parameters are trained; state saved every {args.save_every} steps to {state}")
 
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Error(f"--out {out} cannot be a folder: {error}") from None
 
     # Loop. Ctrl-C and SIGTERM end it after the step that is under way
     stopped = []
@@ -460,7 +513,14 @@ def main():
         run["training_seconds"] += now - loop_began
         run["peak"] = max(run["peak"], memory(device)[1] - memory_before)
         began = loop_began = now
+        with torch.no_grad():  # weights that the last step has ruined must not replace good ones
+            check(model(ids.to(device), labels=labels.to(device)).loss.item())
         save_state(state, run, params, optimizer)
+
+    def check(loss, norm=0.0):
+        if not math.isfinite(loss) or not (math.isfinite(norm) or run["loss_scale"] > 1):
+            left = f"{state} stays as it was" if state.exists() else "nothing was saved"
+            raise Failure(f"loss {loss}, gradient norm {norm} at step {run['step']}: try a smaller --lr; {left}")
 
     while run["step"] < args.steps:
         step = run["step"]
@@ -478,8 +538,7 @@ def main():
         gradients = [p.grad for p in params.values() if p.grad is not None]
         norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
         norm = norms.norm().item() / run["loss_scale"]
-        if not math.isfinite(loss) or not (math.isfinite(norm) or run["loss_scale"] > 1):
-            sys.exit(f"train.py: loss {loss}, gradient norm {norm} at step {step}: try a smaller --lr ({state} stays)")
+        check(loss, norm)
         if math.isfinite(norm):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
@@ -501,7 +560,7 @@ def main():
             save()
         if stopped and run["step"] < args.steps:
             bar.close()
-            sys.exit(f"train.py: stopped after step {run['step']}; the same command with --resume goes on")
+            raise Failure(f"stopped after step {run['step']}, saved in {state}; the same command with --resume goes on")
     bar.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -512,6 +571,7 @@ def main():
     if args.method == "ptuning":
         ptuning.fold_ptuning(model)
     loss_after, bits_after = evaluate(model, valid, device)
+    check(loss_after)
     accuracy_after = accuracy(model, valid, device) if args.data == "modules" else None
     sample_after = sample(model, encoding, text, device, args.seed)
     peak = max(run["peak"], memory(device)[1] - memory_before)
@@ -531,7 +591,7 @@ def main():
         "losses": run["losses"],
     }  # fmt: skip
     write(out / "result.json", json.dumps(result, indent=2).encode())
-    title = f"{args.method} on {args.data}"
+    title = f"{args.method} on {escape(args.data)}"
     write(out / "loss.png", lambda path: plot(path, run["losses"], run["loss_before"], loss_after, title))
 
     # Report
@@ -544,6 +604,8 @@ def main():
         print(f"accuracy     {run['accuracy_before']:.1%} before, {accuracy_after:.1%} after")
     print(f"speed        {result['tokens_per_second']:,.0f} tokens/s, {result['seconds']:.0f} s in all")
     print(f"memory       {peak / 1e9:.2f} GB at the peak, base included")
+    if run["skipped"]:
+        print(f"skipped      {run['skipped']} steps, on which a gradient overflowed fp16")
     print(f"files        {', '.join(str(out / f) for f in sorted(p.name for p in out.iterdir()))}")
 
 
@@ -552,6 +614,11 @@ def smooth(losses):
     window = max(1, len(losses) // 30)
     recent = [losses[max(0, i - window) : i + 1] for i in range(len(losses))]
     return [sum(r) / len(r) for r in recent]
+
+
+def escape(name):
+    """A name as matplotlib shows it: a dollar would begin a formula."""
+    return name.replace("$", r"\$")
 
 
 def plot(path, losses, before, after, title):
@@ -618,7 +685,7 @@ def compare(args, given):
     head, _, body = table.partition("\n")
     table = f"{head}\n|{'|'.join('-' * (w + 2) for w in widths)}|\n{body}"
     write(out / "compare.json", json.dumps(results, indent=2).encode())
-    write(out / "compare.png", lambda path: plot_comparison(path, results, measure, args.data))
+    write(out / "compare.png", lambda path: plot_comparison(path, results, measure, escape(args.data)))
     print(f"\n{table}\n\n{out}/compare.json, {out}/compare.png")
 
 
@@ -648,8 +715,22 @@ def plot_comparison(path, results, measure, task):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a sample may have characters that the terminal has not
     try:
         main()
-    except ERRORS as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (KeyboardInterrupt, Failure, RuntimeError, MemoryError, *ERRORS) as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        line = str(error)
+        if isinstance(error, KeyboardInterrupt):
+            line = "stopped; what was saved stays, and the same command with --resume goes on from it"
+        elif isinstance(error, (RuntimeError, MemoryError)):
+            if "memory" not in repr(error).lower():
+                raise
+            line = f"out of memory: a smaller --batch or --length, or another --method, takes less: {line}"
+        # One line without control characters, whatever a file had for a name
+        line = "train.py: " + "".join(c if c.isprintable() else " " for c in line)[:1000]
+        if isinstance(error, ERRORS):  # wrong use is 2, a failure 1
+            print(line, file=sys.stderr)
+            sys.exit(2)
+        sys.exit(line)

@@ -34,7 +34,8 @@ NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 ENDOFTEXT = "<|endoftext|>"
 # GPT-2's cut of a text into words, which merges never cross.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-BLANKS = re.compile(r"(?<!\s)\s{100000}")  # over a run of a million blanks tiktoken panics, which no except should catch
+# Over a run of a million blanks tiktoken panics, which no except should catch.
+BLANKS = re.compile(r"(?<!\s)\s{100000}")
 
 
 class Error(ValueError):
