@@ -25,7 +25,9 @@ import subprocess
 import sys
 import textwrap
 import time
-from contextlib import contextmanager, nullcontext
+import traceback
+import zlib
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,7 +38,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from nanopeft import adamw, adapter, data, gpt, lora, prefix, prompt, ptuning, qlora, quant, zero
+from nanopeft import adamw, adapter, data, gpt, lora, memory, prefix, prompt, ptuning, qlora, quant, zero
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 METHODS = {  # the options of each, and their defaults
@@ -55,7 +57,11 @@ class Error(ValueError):
     """A run that cannot be done as asked; the message says what would be right."""
 
 
-PARTS = (adamw, adapter, data, gpt, lora, prefix, prompt, ptuning, qlora, quant, zero)
+class Failure(Exception):
+    """A run that was asked for rightly and cannot go on; the message says what is left of it."""
+
+
+PARTS = (adamw, adapter, data, gpt, lora, memory, prefix, prompt, ptuning, qlora, quant, zero)
 ERRORS = (Error, *(part.Error for part in PARTS))
 
 
@@ -111,11 +117,12 @@ def arguments():
     add("--resume", action="store_true", help="go on from the state in the folder of the results, if there is one")
     add("--prompt", help="what the samples go on from (the start of the validation data)")
     add("--generate", metavar="FOLDER", help="do not train: go on from --prompt with what was trained in this folder")
+    add("--debug", action="store_true", help="show where in the program an error came from")
     args = parser.parse_args()
 
     # A flag works or is refused
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    idle = given - {"generate", "prompt", "precision", "device", "seed"}
+    idle = given - {"generate", "prompt", "precision", "device", "seed", "debug"}
     if args.generate and idle:
         raise Error(f"--generate does not train: leave out {', '.join(sorted(idle))}")
     options = METHODS.get(args.method, {})
@@ -176,12 +183,18 @@ def load_tokenizer(base):
 def load_base(base, encoding, dtype, device):
     if base == "scratch":
         return gpt.GPT(vocab_size=encoding.n_vocab).to(device, dtype)
-    return gpt.GPT.from_pretrained(base, dtype).to(device)
+    model = gpt.GPT.from_pretrained(base, dtype)
+    if encoding.n_vocab > model.config.vocab_size:
+        raise Error(f"{base} has a tokenizer of {encoding.n_vocab} tokens, and a model of {model.config.vocab_size}")
+    return model.to(device)
 
 
 def attach(model, args, encoding, train):
     """The model with what the method trains; all else is frozen."""
     if args.method in ("lora", "qlora"):
+        if args.rank > model.config.n_embd:
+            width = f"the model's width, {model.config.n_embd}"
+            raise Error(f"--rank {args.rank} is above {width}: no update has a rank above it")
         targets = args.targets if args.targets == "all-linear" else args.targets.split(",")
         if args.method == "lora":
             return lora.add_lora(model, targets, r=args.rank, alpha=args.alpha)
@@ -222,8 +235,11 @@ def trained_files(model, method):
 def save_trained(model, encoding, args, folder):
     """Writes what was trained, full: a GPT-2 checkpoint; (parameters, bytes) on the disk."""
     if args.method == "full":
-        model.save_pretrained(folder)
-        data.save_tokenizer(encoding, folder)
+        try:
+            model.save_pretrained(folder)
+            data.save_tokenizer(encoding, folder)
+        except (OSError, SafetensorError) as error:
+            raise Failure(f"{folder} cannot be written: {error}; --resume writes it again") from None
         files = ("config.json", "model.safetensors", "vocab.json", "merges.txt")
         return sum(p.numel() for p in model.parameters()), sum((folder / name).stat().st_size for name in files)
     state, config = trained_files(model, args.method)
@@ -239,16 +255,19 @@ def save_trained(model, encoding, args, folder):
 
 def read_adapter(folder):
     """(config, state) of what save_trained wrote."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not os.path.isfile(folder / name):  # a pipe would be waited for
+            raise Error(f"{folder} holds no adapter: there is no file {name}")
     try:
         config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
         return config, load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, RecursionError) as error:
         raise Error(f"{folder} holds no adapter: {error}") from None
 
 
 def load_trained(folder, dtype, device):
     """(model, tokenizer) from what save_trained wrote."""
-    if not (folder / "adapter_config.json").exists():
+    if not os.path.exists(folder / "adapter_config.json"):
         encoding = load_tokenizer(str(folder))
         return load_base(str(folder), encoding, dtype, device), encoding
     config, state = read_adapter(folder)
@@ -266,11 +285,17 @@ def load_trained(folder, dtype, device):
     else:
         read, add, load = lora.lora_arguments, lora.add_lora, lora.load_lora_state_dict
     settings = read(config)
-    if "base_quantization" in config:
-        add, settings["quant"] = qlora.add_qlora, config["base_quantization"]
+    if add is ptuning.PTuning:  # the file holds what its encoder made: the one that it replaces may be small
+        settings |= {"hidden": 1, "layers": 2}
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str):
         raise Error(f"{folder / 'adapter_config.json'} does not say which base it is for: base_model_name_or_path")
+    # First on a base of shapes alone: what does not fit it is refused before it takes any memory
+    with torch.device("meta"):
+        shapes = gpt.GPT(**gpt.read_config(gpt.find_checkpoint(base) / "config.json"))
+    load(add(shapes, **settings), state)
+    if "base_quantization" in config:
+        add, settings["quant"] = qlora.add_qlora, config["base_quantization"]
     encoding = load_tokenizer(base)
     model = add(load_base(base, encoding, dtype, device), **settings)
     load(model, state)
@@ -293,8 +318,12 @@ def room(model):
 def write(path, content):
     """A file that is there whole or not at all. content: bytes, or a function that writes to the path it is given."""
     new = path.with_name(path.name + ".new")
-    new.write_bytes(content) if isinstance(content, bytes) else content(new)
-    os.replace(new, path)
+    try:
+        new.write_bytes(content) if isinstance(content, bytes) else content(new)
+        os.replace(new, path)
+    except (OSError, SafetensorError) as error:  # the disk is full, say
+        new.unlink(missing_ok=True)
+        raise Failure(f"{path} cannot be written, and stays as it was: {error}; --resume then goes on") from None
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -345,10 +374,34 @@ def sample(model, encoding, text, device, seed):
     torch.manual_seed(seed)
     ids = gpt.generate(model, ids, min(80, left), temperature=0.8, top_k=20, eos_token_id=encoding.eot_token)
     model.train()
-    return encoding.decode([i for i in ids[0].tolist() if i < encoding.eot_token])
+    return encoding.decode([i for i in ids[0].tolist() if i < encoding.n_vocab and i != encoding.eot_token])
 
 
-def memory(device):
+def predict(model, args, length):
+    """{what: bytes} that memory.py predicts for a step of this run, with examples of `length` tokens.
+
+    Nothing for targets outside of the blocks, which it does not know.
+    """
+    names = ("rank", "quant", "placement", "tokens", "hidden", "encoder")
+    how = {name: getattr(args, name) for name in names if name in METHODS[args.method]}
+    if args.method in ("lora", "qlora"):
+        how["targets"] = args.targets if args.targets == "all-linear" else args.targets.split(",")
+    if args.method in ("adapter", "fusion"):
+        first = next(iter(adapter.adapter_layers(model).values())).adapter
+        adapters = [first] if args.method == "adapter" else first.adapters
+        how["bottleneck"] = adapters[0].down.out_features
+        how |= {"adapters": len(adapters)} if args.method == "fusion" else {}
+    if args.method == "ptuning":
+        how |= {"tokens": model.n_tokens, "template": model.template is not None}
+    try:
+        run = (args.method, args.precision, args.batch, length, args.accumulate)
+        items = memory.predict(vars(model.config), *run, **how)
+    except memory.Error:
+        return {}
+    return {what: memory.total(parts) for what, parts in items.items()}
+
+
+def in_use(device):
     """(bytes in use now, most since the last call), of the device, or of this process's resident memory."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
@@ -381,40 +434,57 @@ def state_of(params, optimizer):
     return {name: {"master": p.detach(), **optimizer.state[p]} for name, p in params.items()}
 
 
+def checksum(tensors, text):
+    """Of all that a state holds: names, types, shapes, bits, and the text."""
+    total = zlib.crc32(text.encode())
+    for key, t in sorted(tensors.items()):
+        total = zlib.crc32(f"{key} {t.dtype} {tuple(t.shape)}".encode(), total)
+        total = zlib.crc32(t.cpu().reshape(-1).view(torch.uint8).numpy(), total)
+    return f"{total:08x}"
+
+
 def save_state(path, run, states):
     """run: what JSON can hold. The tensors of states are stored by kind and parameter name."""
     tensors = {f"{key} {name}": t for name, kept in states.items() for key, t in kept.items() if torch.is_tensor(t)}
     tensors = {key: t.contiguous() for key, t in tensors.items()}
-    write(path, lambda new: save_file(tensors, new, metadata={"run": json.dumps(run)}))
+    metadata = {"run": json.dumps(run), "checksum": checksum(tensors, json.dumps(run))}
+    write(path, lambda new: save_file(tensors, new, metadata=metadata))
 
 
-def load_state(path, settings, params, optimizer, engine):
+def load_state(path, settings, params, shapes, optimizer, engine):
     """The run that save_state wrote, its tensors put back; Error if it was another run."""
     try:
         with safe_open(path, "pt") as file:
-            run = json.loads(file.metadata()["run"])
-            for name, value in settings.items():
-                if (old := run["settings"].get(name)) != value:
-                    raise Error(f"{path} is of a run with {name} = {old}, not {value}: give the same, or another --out")
-            states = {name: {} for name in params}
-            for key in file.keys():
-                kind, name = key.split(" ", 1)
-                states[name][kind] = file.get_tensor(key)
-        for kept in states.values():
-            if len(kept) > 1:  # with fp16 there may have been nothing but overflows
-                kept["step"] = run["updates"]
-        if engine is not None:
-            engine.load_state_dict(states)
-            engine.loss_scale, engine.clean = run["loss_scale"], run["clean"]
-            return run
-        for name, p in params.items():
-            p.data.copy_(states[name]["master"])
-            if p.dtype.itemsize >= 4 or len(states[name]) == 1:
-                del states[name]["master"]
-            for key, value in states[name].items():
-                optimizer.state[p][key] = value.to(p.device) if torch.is_tensor(value) else value
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise error if isinstance(error, ERRORS) else Error(f"{path} is not the state of a run: {error!r}") from None
+            text, expected = file.metadata()["run"], file.metadata()["checksum"]
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise Error(f"{path} is not the state of a run: {error!r}; without --resume the run starts again") from None
+    if checksum(tensors, text) != expected:
+        raise Error(f"{path} is damaged: its checksum does not fit; without --resume the run starts again")
+    run = json.loads(text)
+    for name, value in settings.items():
+        if (old := run["settings"].get(name)) != value:
+            raise Error(f"{path} is of a run with {name} = {old}, not {value}: give the same, or another --out")
+    states = {}
+    for key, t in tensors.items():
+        kind, name = key.split(" ", 1)
+        states.setdefault(name, {})[kind] = t
+    found = {name: kept["master"].shape for name, kept in states.items()}
+    if wrong := [name for name in {**shapes, **found} if shapes.get(name) != found.get(name)]:
+        raise Error(f"{path} does not fit at {wrong[0]}: the base is not the one of its run")
+    for kept in states.values():
+        if len(kept) > 1:  # with fp16 there may have been nothing but overflows
+            kept["step"] = run["updates"]
+    if engine is not None:
+        engine.load_state_dict(states)
+        engine.loss_scale, engine.clean = run["loss_scale"], run["clean"]
+        return run
+    for name, p in params.items():
+        p.data.copy_(states[name]["master"])
+        if p.dtype.itemsize >= 4 or len(states[name]) == 1:
+            del states[name]["master"]
+        for key, value in states[name].items():
+            optimizer.state[p][key] = value.to(p.device) if torch.is_tensor(value) else value
     return run
 
 
@@ -510,7 +580,7 @@ def main():
     text = args.prompt if args.prompt is not None else valid.opening()
 
     # Base
-    memory_before, _ = memory(device)
+    memory_before, _ = in_use(device)
     base = load_base(args.base, encoding, torch.float32 if args.fsdp else dtype, device)
     base_parameters = sum(p.numel() for p in base.parameters())
 
@@ -537,6 +607,7 @@ def main():
     trained = sum(p.numel() for p in params.values())
     added = 0 if args.method == "full" else trained
     total = max(base_parameters + added, sum(p.numel() for p in model.parameters()))  # a fusion has frozen adapters too
+    shapes = {name: p.shape for name, p in params.items()}  # ZeRO's stage 3 takes the elements away
     settings = {"lr": args.lr, "betas": (0.9, 0.95)}
     if args.fsdp:
         build = lambda: attach(load_base(args.base, encoding, dtype, device), args, encoding, train)  # noqa: E731
@@ -555,24 +626,30 @@ def main():
     # Before, or where an earlier run stopped
     run = {"step": 0, "updates": 0, "losses": [], "tokens": 0, "seconds": 0.0, "training_seconds": 0.0, "peak": 0}
     run |= {"loss_scale": 2.0**16 if args.precision == "fp16" else 1.0, "clean": 0, "skipped": 0}
-    free = ("out", "resume", "save_every", "generate", "prompt", "zero", "offload", "fsdp")  # these change no result
+    # These change no result
+    free = ("out", "resume", "save_every", "generate", "prompt", "zero", "offload", "fsdp", "debug")
     run["settings"] = {k: v for k, v in vars(args).items() if k not in free}
     state = out / "state.safetensors"
-    if args.resume and state.exists():
-        run = load_state(state, run["settings"], params, optimizer, engine)
+    if args.resume and state.is_file():
+        run = load_state(state, run["settings"], params, shapes, optimizer, engine)
         say(f"going on from step {run['step']} of {state}")
         if run["world"] != world:
             say(f"the state is of {run['world']} processes, and here are {world}: other roundings, the same otherwise")
     else:
         with whole() as full:
             run["loss_before"], run["bits_before"] = evaluate(full, valid, device, rank, world)
+            if not math.isfinite(run["loss_before"]):
+                raise Failure(f"loss {run['loss_before']} before any step: {args.base} is damaged, or needs more bits")
             run["accuracy_before"] = accuracy(full, valid, device, rank, world) if args.data == "modules" else None
             run["sample_before"] = sample(full, encoding, text, device, args.seed) if rank == 0 else ""
     run["world"] = world
     say(f"{args.method}, {args.precision}, {device}: {args.base} learns {args.data}")
     say(f"{trained:,} of {total:,} parameters are trained; state saved every {args.save_every} steps to {state}")
 
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Error(f"--out {out} cannot be a folder: {error}") from None
 
     # Loop. Ctrl-C and SIGTERM end it after the step that is under way
     stopped = []
@@ -586,44 +663,70 @@ def main():
         now = time.time()
         run["seconds"] += now - began
         run["training_seconds"] += now - loop_began
-        run["peak"] = max(run["peak"], memory(device)[1] - memory_before)
+        run["peak"] = max(run["peak"], in_use(device)[1] - memory_before)
         began = loop_began = now
+        with torch.no_grad():  # weights that the last step has ruined must not replace good ones
+            ids, labels = (t[rank::world].to(device) for t in batches[-1])
+            check(over_ranks(model(ids, labels=labels).loss.item(), device))
         states = state_of(params, optimizer) if engine is None else engine.state_dict()
         if rank == 0:
             save_state(state, run, states)
 
-    while run["step"] < args.steps:
-        step = run["step"]
-        torch.manual_seed(args.seed * 1_000_003 + step)  # a step needs no random state but its own number
-        batches = [train.sample(args.batch) for _ in range(args.accumulate)]
-        counts = [(labels[:, 1:] != -100).sum().item() for _, labels in batches]
+    def check(loss, norm=0.0):
+        if not math.isfinite(loss) or not (math.isfinite(norm) or run["loss_scale"] > 1):
+            left = f"{state} stays as it was" if state.exists() else "nothing was saved"
+            raise Failure(f"loss {loss}, gradient norm {norm} at step {run['step']}: try a smaller --lr; {left}")
+
+    def train_step(batches, note):
+        """(loss, norm of the gradient) of one update. note: called between forward and backward."""
+        total = sum((labels[:, 1:] != -100).sum().item() for _, labels in batches)
         loss = 0.0
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
         for ids, labels in batches:
             ids, labels = ids[rank::world], labels[rank::world]
             # The mean over all labelled tokens of the step, whatever their share in each rank and micro-batch
-            count = (labels[:, 1:] != -100).sum().item()
-            part = model(ids.to(device), labels=labels.to(device)).loss * (count / sum(counts))
+            share = (labels[:, 1:] != -100).sum().item() / total
+            part = model(ids.to(device), labels=labels.to(device)).loss * share
             loss += part.item()
             if args.method == "fusion":
                 part = part + adapter.fusion_penalty(model) / args.accumulate / world
+            note()
             if engine is None:
                 (part * run["loss_scale"]).backward()
             else:
                 engine.backward(part)
-        if engine is None:
-            gradients = [p.grad for p in params.values() if p.grad is not None]
-            norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
-            norm = norms.norm().item() / run["loss_scale"]
-            if math.isfinite(norm):
-                optimizer.step(grad_scale=min(1.0, args.clip / (norm + 1e-6)) / run["loss_scale"])
-            optimizer.zero_grad()
-        else:
-            norm = engine.step(args.clip)
-            loss = over_ranks(loss, device)
-        if not math.isfinite(loss) or not (math.isfinite(norm) or run["loss_scale"] > 1):
-            sys.exit(f"train.py: loss {loss}, gradient norm {norm} at step {step}: try a smaller --lr ({state} stays)")
+        if engine is not None:
+            return over_ranks(loss, device), engine.step(args.clip)
+        gradients = [p.grad for p in params.values() if p.grad is not None]
+        norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
+        norm = norms.norm().item() / run["loss_scale"]
+        if math.isfinite(loss) and math.isfinite(norm):
+            optimizer.step(grad_scale=min(1.0, args.clip / (norm + 1e-6)) / run["loss_scale"])
+        return loss, norm
+
+    # The second step is measured: the optimizer's state is there
+    watched = run["step"] + 1 if engine is None and not args.compile else None
+    predicted, measured = {}, {}
+    while run["step"] < args.steps:
+        step = run["step"]
+        torch.manual_seed(args.seed * 1_000_003 + step)  # a step needs no random state but its own number
+        batches = [train.sample(args.batch) for _ in range(args.accumulate)]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        with ExitStack() as watching:
+            note = list
+            if step == watched:
+                stored = [*model.parameters(), *model.buffers()]
+                states = [t for state in optimizer.state.values() for t in state.values()]
+                peak = watching.enter_context(memory.peak_bytes([*stored, *states], device))
+                saved = watching.enter_context(memory.saved_bytes(stored))
+                note = lambda: measured.setdefault("activations", saved())  # noqa: E731, B023
+            loss, norm = train_step(batches, note)
+        check(loss, norm)
+        if step == watched:
+            predicted = predict(model, args, batches[0][0].size(1))
+            measured |= memory.measured_states(model, optimizer) | {"peak": peak()}
+        optimizer.zero_grad()
+
         # fp16 overflow: skip the step and halve the scale; after 1,000 clean steps try twice the scale again
         overflow = not math.isfinite(norm)
         run["updates"], run["skipped"] = run["updates"] + (not overflow), run["skipped"] + overflow
@@ -643,7 +746,7 @@ def main():
             save()
         if stop and run["step"] < args.steps:
             bar.close()
-            sys.exit(f"train.py: stopped after step {run['step']}; the same command with --resume goes on")
+            raise Failure(f"stopped after step {run['step']}, saved in {state}; the same command with --resume goes on")
     bar.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -655,8 +758,9 @@ def main():
         if args.method == "ptuning":
             ptuning.fold_ptuning(full)
         loss_after, bits_after = evaluate(full, valid, device, rank, world)
+        check(loss_after)
         accuracy_after = accuracy(full, valid, device, rank, world) if args.data == "modules" else None
-        peak = max(run["peak"], memory(device)[1] - memory_before)
+        peak = max(run["peak"], in_use(device)[1] - memory_before)
         if rank == 0:
             sample_after = sample(full, encoding, text, device, args.seed)
             stored, stored_bytes = save_trained(full, encoding, args, out)
@@ -675,11 +779,12 @@ def main():
         "accuracy_before": run["accuracy_before"], "accuracy_after": accuracy_after,
         "tokens_per_second": run["tokens"] / run["training_seconds"], "peak_memory_bytes": peak,
         "seconds": run["seconds"] + time.time() - began, "skipped_steps": run["skipped"], "ranks": world,
+        "predicted_bytes": predicted, "measured_bytes": measured,
         "python": platform.python_version(), "torch": torch.__version__, "settings": run["settings"],
         "losses": run["losses"],
     }  # fmt: skip
     write(out / "result.json", json.dumps(result, indent=2).encode())
-    title = f"{args.method} on {args.data}"
+    title = f"{args.method} on {escape(args.data)}"
     write(out / "loss.png", lambda path: plot(path, run["losses"], run["loss_before"], loss_after, title))
 
     # Report
@@ -692,6 +797,11 @@ def main():
         print(f"accuracy     {run['accuracy_before']:.1%} before, {accuracy_after:.1%} after")
     print(f"speed        {result['tokens_per_second']:,.0f} tokens/s, {result['seconds']:.0f} s in all")
     print(f"memory       {peak / 1e9:.2f} GB at the peak, base included")
+    if run["skipped"]:
+        print(f"skipped      {run['skipped']} steps, on which a gradient overflowed fp16")
+    for what, of in predicted.items():
+        where = f"{'memory of' if what == 'parameters' else '':12} {what:12}"
+        print(f"{where} predicted {of / 1e6:9.3f} MB, measured {measured[what] / 1e6:9.3f}")
     print(f"files        {', '.join(str(out / f) for f in sorted(p.name for p in out.iterdir()))}")
 
 
@@ -700,6 +810,11 @@ def smooth(losses):
     window = max(1, len(losses) // 30)
     recent = [losses[max(0, i - window) : i + 1] for i in range(len(losses))]
     return [sum(r) / len(r) for r in recent]
+
+
+def escape(name):
+    """A name as matplotlib shows it: a dollar would begin a formula."""
+    return name.replace("$", r"\$")
 
 
 def plot(path, losses, before, after, title):
@@ -766,7 +881,7 @@ def compare(args, given):
     head, _, body = table.partition("\n")
     table = f"{head}\n|{'|'.join('-' * (w + 2) for w in widths)}|\n{body}"
     write(out / "compare.json", json.dumps(results, indent=2).encode())
-    write(out / "compare.png", lambda path: plot_comparison(path, results, measure, args.data))
+    write(out / "compare.png", lambda path: plot_comparison(path, results, measure, escape(args.data)))
     print(f"\n{table}\n\n{out}/compare.json, {out}/compare.png")
 
 
@@ -796,8 +911,22 @@ def plot_comparison(path, results, measure, task):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a sample may have characters that the terminal has not
     try:
         main()
-    except ERRORS as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (KeyboardInterrupt, Failure, RuntimeError, MemoryError, *ERRORS) as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        line = str(error)
+        if isinstance(error, KeyboardInterrupt):
+            line = "stopped; what was saved stays, and the same command with --resume goes on from it"
+        elif isinstance(error, (RuntimeError, MemoryError)):
+            if "memory" not in repr(error).lower():
+                raise
+            line = f"out of memory: a smaller --batch or --length, or another --method, takes less: {line}"
+        # One line without control characters, whatever a file had for a name
+        line = "train.py: " + "".join(c if c.isprintable() else " " for c in line)[:1000]
+        if isinstance(error, ERRORS):  # wrong use is 2, a failure 1
+            print(line, file=sys.stderr)
+            sys.exit(2)
+        sys.exit(line)

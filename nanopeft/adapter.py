@@ -270,7 +270,7 @@ def find_targets(model, targets, placement):
     elif isinstance(targets, str):
         try:
             found = {n: m for n, m in modules.items() if re.fullmatch(targets, n)}
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise Error(f"{targets!r} is not a regular expression: {error}") from None
     else:
         found = {n: m for n, m in modules.items() if any(n == t or n.endswith(f".{t}") for t in targets)}
@@ -363,6 +363,8 @@ def load(own, state):
     for key, p in own.items():
         if p.shape != state[key].shape:
             raise Error(f"{key} is {tuple(state[key].shape)} in the adapter and {tuple(p.shape)} in the model")
+        if not state[key].is_floating_point() or state[key].element_size() < 2:
+            raise Error(f"{key} is {state[key].dtype} in the adapter, which holds no trained numbers")
     for key, p in own.items():
         p.copy_(state[key])
 
@@ -383,6 +385,12 @@ def fusion_config(model):
     return dict(model.fusion_config)
 
 
+def takes_forever(pattern):
+    """Whether a regular expression may need years for a name: it tries each way to share the name among its repeats."""
+    repeats, choices = re.findall(r"[*+?{]", pattern), re.findall(r"[|(]", pattern)
+    return len(repeats) > 4 or len(choices) > 12 or re.search(r"\)[*+{]", pattern) is not None
+
+
 def adapter_arguments(config):
     """add_adapter's arguments, from an adapter_config.json. Error for what add_adapter cannot have written."""
     if not isinstance(config, dict) or config.get("peft_type") != "BOTTLENECK_ADAPTER":
@@ -394,6 +402,8 @@ def adapter_arguments(config):
         raise Error(f"placement must be houlsby or pfeiffer, not {placement!r}")
     if type(targets) not in (str, list) or not all(isinstance(t, str) for t in targets):
         raise Error(f"target_modules must be a string or a list of strings, not {targets!r}")
+    if isinstance(targets, str) and takes_forever(targets):
+        raise Error(f"target_modules {targets!r} has too many repeats, or repeats a group: list the names")
     if (reduction is None) == (bottleneck is None):
         raise Error(f"give one of reduction and bottleneck, not {reduction!r} and {bottleneck!r}")
     for size in (reduction, bottleneck):

@@ -13,6 +13,8 @@ Dimensions: B examples a batch, T tokens an example.
 
 import ast
 import json
+import os
+import re
 import sysconfig
 import textwrap
 import tokenize
@@ -32,6 +34,8 @@ NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 ENDOFTEXT = "<|endoftext|>"
 # GPT-2's cut of a text into words, which merges never cross.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Over a run of a million blanks tiktoken panics, which no except should catch.
+BLANKS = re.compile(r"(?<!\s)\s{100000}")
 
 
 class Error(ValueError):
@@ -52,14 +56,22 @@ def load_tokenizer(folder):
     """The tiktoken.Encoding of a folder's vocab.json and merges.txt (GPT-2's files)."""
     folder = Path(folder)
     byte_of = {char: byte for byte, char in byte_alphabet().items()}
+    for name in ("vocab.json", "merges.txt"):
+        if not os.path.isfile(folder / name):  # a pipe would be waited for
+            raise Error(f"{folder / name}: no such file; vocab.json and merges.txt are GPT-2's tokenizer")
     try:
         vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
         lines = (folder / "merges.txt").read_text("utf-8").splitlines()
         merges = [line.replace(" ", "") for line in lines if line and not line.startswith("#version")]
         special = {ENDOFTEXT: vocab.pop(ENDOFTEXT)}
         ranks = {bytes(byte_of[c] for c in token): id for token, id in vocab.items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise Error(f"{folder} has no GPT-2 tokenizer (vocab.json with {ENDOFTEXT}, merges.txt): {error!r}") from None
+    ids = [*vocab.values(), *special.values()]
+    if any(type(id) is not int for id in ids) or sorted(ids) != [*range(len(ids))]:
+        raise Error(f"{folder / 'vocab.json'}: token ids must be 0 to {len(ids) - 1}, each once")
+    if not {bytes([b]) for b in range(256)} <= ranks.keys():
+        raise Error(f"{folder / 'vocab.json'}: each of the 256 bytes must be a token")
     # tiktoken merges the pair whose result has the lowest id first: the ids must be in the order of the merges.
     if [*vocab] != sorted(vocab, key=vocab.get) or [*vocab][256:] != merges or len(ranks) != len(vocab):
         raise Error(f"{folder / 'vocab.json'}: token ids must follow the order of merges.txt")
@@ -78,6 +90,8 @@ def save_tokenizer(encoding, folder):
             parts = [bytes([b]) for b in token]
             while len(parts) > 2:
                 pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+                if min(pairs) >= rank:
+                    raise Error(f"no merges of the tokenizer make {token!r}, one of its tokens")
                 i = pairs.index(min(pairs))
                 parts[i : i + 2] = [parts[i] + parts[i + 1]]
             merges.append(f"{text[parts[0]]} {text[parts[1]]}")
@@ -271,7 +285,7 @@ class Examples:
         yield from map(self.pack, self.by_length(size))
 
     def opening(self):
-        return self.encoding.decode(self.items[0][0][1:])
+        return self.encoding.decode(self.items[0][0][1:]).lstrip("\ufffd")  # of a character that was cut in two
 
     def bytes(self):
         return sum(count_bytes(completion, self.encoding) for _, completion in self.items)
@@ -302,14 +316,20 @@ def load(name, encoding, length):
 
 def read(path):
     """A UTF-8 file's text, with or without a byte-order mark."""
-    if not Path(path).is_file():
-        raise Error(f"{path}: no such file")
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise Error(f"{path}: no such file" + ", but a folder or a device" * os.path.exists(path))
     try:
         text = Path(path).read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Error(f"{path} cannot be read as UTF-8: {error}") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise Error(f"{path}, line {line}: no UTF-8: {error}; save the file as UTF-8") from None
+    except OSError as error:
+        raise Error(f"{path} cannot be read: {error}") from None
     if not text.strip():
         raise Error(f"{path} is empty")
+    if blanks := BLANKS.search(text):
+        line = text.count("\n", 0, blanks.start()) + 1
+        raise Error(f"{path}, line {line}: 100,000 blanks or more in a row: shorten them")
     return text
 
 
@@ -331,10 +351,15 @@ def split_pairs(text, path):
             continue
         try:
             example = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # no JSON, a number of 5,000 digits, 10,000 lists in each other
             raise Error(f"{path}, line {number}: no JSON: {error}") from None
         if not isinstance(example, dict) or not all(isinstance(example.get(k), str) for k in ("prompt", "completion")):
             raise Error(f'{path}, line {number}: needs a text for "prompt" and for "completion"')
+        for key in ("prompt", "completion"):
+            if re.search("[\ud800-\udfff]", example[key]):
+                raise Error(f"{path}, line {number}: {key} has half of a surrogate pair, which is no character")
+            if BLANKS.search(example[key]):
+                raise Error(f"{path}, line {number}: {key} has 100,000 blanks or more in a row: shorten them")
         pairs.append((zlib.crc32(line.encode()), example["prompt"], example["completion"]))
     if len(pairs) < 2:
         raise Error(f"{path} has one example; two are the least, to train and to validate")

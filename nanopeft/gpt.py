@@ -263,6 +263,8 @@ class GPT(nn.Module):
         """The embedded base ("nano"), a folder in Hugging Face's GPT-2 format, or one of HUB by name."""
         folder = find_checkpoint(name_or_dir)
         path = folder / "model.safetensors"
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise Error(f"{path}: no such file")
         with torch.device("meta"):  # shapes without memory, until the file's tensors are put in their place
             model = cls(**read_config(folder / "config.json"))
         state = {}
@@ -276,7 +278,8 @@ class GPT(nn.Module):
                 # Opened for each tensor: closing unmaps the file's pages, so that memory never holds the model twice
                 with safe_open(path, "pt") as file:
                     tensor = file.get_tensor(name)
-                    if tensor.shape != (p.shape[::-1] if is_conv1d(key) else p.shape) or not tensor.is_floating_point():
+                    fits = tensor.is_floating_point() and tensor.element_size() > 1  # 8 bits would need a scale
+                    if tensor.shape != (p.shape[::-1] if is_conv1d(key) else p.shape) or not fits:
                         found = f"{name} {list(tensor.shape)} of {tensor.dtype}"
                         raise Error(f"{path} has {found}, which does not fit config.json")
                     tensor = tensor.t() if is_conv1d(key) else tensor
@@ -320,7 +323,7 @@ def find_checkpoint(name_or_dir):
     """The folder of a base: config.json, model.safetensors and, mostly, vocab.json and merges.txt."""
     if name_or_dir == "nano":
         return Path(__file__).parent / "base"
-    if name_or_dir in HUB and not Path(name_or_dir).is_dir():
+    if name_or_dir in HUB and not os.path.isdir(name_or_dir):
         files = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
         try:
             from huggingface_hub import snapshot_download
@@ -333,7 +336,7 @@ def find_checkpoint(name_or_dir):
             where = f"cannot be fetched from the Hugging Face hub ({type(error).__name__}): go online"
         raise Error(f"{name_or_dir} {where}, or give a folder that holds {', '.join(files)}")
     folder = Path(name_or_dir)
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):  # Path.is_file raises if the name is too long
         known = ", ".join(HUB)
         raise Error(f"no base {str(folder)!r}: give nano, a folder with config.json and model.safetensors, or {known}")
     return folder
@@ -397,6 +400,8 @@ def generate(
         else:
             if top_k is not None:
                 logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
+            if not logits.amax(-1).isfinite().all():  # an inf or a NaN at the top
+                raise Error("the model's logits are inf or NaN: its weights are damaged, or the training diverged")
             step = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
         if eos_token_id is not None:
             step[done] = eos_token_id

@@ -141,7 +141,7 @@ def add_lora(model, targets="all-linear", *, r=8, alpha=16, dropout=0.0, ranks=N
         raise Error("the model has LoRA already: remove_lora(model) first")
     if any(type(n) is not int or n < 1 for n in (r, *ranks.values())):
         raise Error(f"a rank must be a whole number of at least 1: r={r}, ranks={ranks}")
-    if not 0 <= dropout < 1 or not math.isfinite(alpha):
+    if not 0 <= dropout < 1 or not abs(alpha) <= torch.finfo(torch.float32).max:
         raise Error(f"dropout must be in [0, 1) and alpha finite, not {dropout} and {alpha}")
     if init not in ("kaiming", "gaussian", "reverse"):
         raise Error(f"init must be kaiming, gaussian or reverse, not {init!r}")
@@ -179,7 +179,7 @@ def is_linear(layer):
 def name_is(pattern, name):
     try:
         return re.fullmatch(pattern, name) is not None
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise Error(f"{pattern!r} is not a regular expression: {error}") from None
 
 
@@ -314,6 +314,8 @@ def load_lora_state_dict(model, state):
     for key, p in own.items():
         if p.shape != state[key].shape:
             raise Error(f"{key} is {tuple(state[key].shape)} in the adapter and {tuple(p.shape)} in the model")
+        if not state[key].is_floating_point() or state[key].element_size() < 2:
+            raise Error(f"{key} is {state[key].dtype} in the adapter, which holds no trained numbers")
     for key, p in own.items():
         p.copy_(state[key])
 
@@ -331,6 +333,12 @@ UNSUPPORTED = (
     "layers_to_transform", "lora_bias", "modules_to_save", "monteclora_config", "target_parameters",
     "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora",
 )  # fmt: skip
+
+
+def takes_forever(pattern):
+    """Whether a regular expression may need years for a name: it tries each way to share the name among its repeats."""
+    repeats, choices = re.findall(r"[*+?{]", pattern), re.findall(r"[|(]", pattern)
+    return len(repeats) > 4 or len(choices) > 12 or re.search(r"\)[*+{]", pattern) is not None
 
 
 def lora_arguments(config):
@@ -356,6 +364,9 @@ def lora_arguments(config):
         arguments[argument] = config.get(key, default)
         if type(arguments[argument]) not in kind:  # isinstance would take True for a rank of 1
             raise Error(f"adapter_config.json: {key} cannot be {arguments[argument]!r}")
+    for pattern in (arguments["targets"], *arguments["ranks"]):
+        if isinstance(pattern, str) and takes_forever(pattern):
+            raise Error(f"adapter_config.json: {pattern!r} has too many repeats, or repeats a group: list the names")
     return arguments
 
 

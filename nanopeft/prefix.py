@@ -264,7 +264,7 @@ def load_prefix_state_dict(model, state):
     if state.keys() != {"prompt_embeddings"}:
         raise Error(f"a prefix is one tensor, prompt_embeddings; the file has {', '.join(sorted(state)) or 'none'}")
     own, found = model.prompt_embeddings, state["prompt_embeddings"]
-    if own.shape != found.shape or not found.is_floating_point():
+    if own.shape != found.shape or not found.is_floating_point() or found.element_size() < 2:
         raise Error(f"the prefix is {tuple(found.shape)} of {found.dtype} in the file; here it is {tuple(own.shape)}")
     own.copy_(found)
 

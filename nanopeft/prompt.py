@@ -188,6 +188,8 @@ def load_prompt_state_dict(model, state):
     P = state["prompt_embeddings"]
     if P.shape != model.prompt_embeddings.shape:
         raise Error(f"the prompt is {tuple(P.shape)} in the file and {tuple(model.prompt_embeddings.shape)} here")
+    if not P.is_floating_point() or P.element_size() < 2:
+        raise Error(f"the prompt is {P.dtype} in the file, which holds no trained numbers")
     model.prompt_embeddings.copy_(P)
 
 

@@ -133,7 +133,7 @@ class PTuning(nn.Module):
             raise Error(f"hidden and layers must be whole numbers of at least 1, not {hidden!r} and {layers!r}")
         if encoder == "mlp" and layers != 2:
             raise Error("layers are the LSTM's: leave it out with the mlp")
-        if pseudo_id is not None and type(pseudo_id) is not int:
+        if pseudo_id is not None and not (type(pseudo_id) is int and 0 <= pseudo_id < 1 << 31):
             raise Error(f"pseudo_id must be a token id, not {pseudo_id!r}")
         config = getattr(model, "config", None)
         limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
@@ -269,6 +269,8 @@ def load_ptuning_state_dict(model, state):
     H, shape = state["prompt_embeddings"], (model.n_tokens, model.ptuning_config["token_dim"])
     if H.shape != shape:
         raise Error(f"the prompt is {tuple(H.shape)} in the file and {shape} here")
+    if not H.is_floating_point() or H.element_size() < 2:
+        raise Error(f"the prompt is {H.dtype} in the file, which holds no trained numbers")
     fold_ptuning(model).prompt_embeddings.copy_(H)
 
 
@@ -295,7 +297,8 @@ def ptuning_arguments(config):
         fields += [("template", "template", (str, type(None))), ("pseudo_id", "pseudo_id", (int,))]
     for argument, key, kind in fields:
         arguments[argument] = config.get(key, 2 if key == "encoder_num_layers" else None)
-        if type(arguments[argument]) not in kind:
+        small = argument in ("hidden", "layers") and arguments[argument] is not None and arguments[argument] < 1
+        if type(arguments[argument]) not in kind or small:
             raise Error(f"adapter_config.json: {key} cannot be {arguments[argument]!r}")
     return arguments
 

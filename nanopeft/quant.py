@@ -324,7 +324,7 @@ def quantize_scales(scale):
     steps = ((groups * (1 / scale2)).nan_to_num(-1).clamp(-1, 1) + 1) * 0.5 * 65535
     on_grid = 2 * (steps + 0.5).floor() / 65535 - 1
     q = torch.bucketize(on_grid, (codes[:-1] + codes[1:]) / 2).to(torch.uint8)
-    return q.flatten()[: scale.numel()], scale2[:, 0], mean
+    return q.flatten()[: scale.numel()].clone(), scale2[:, 0], mean  # a view would keep what fills up the last group
 
 
 def dequantize_scales(q, scale2, mean):

@@ -33,7 +33,6 @@ Papers: ZeRO, arXiv 1910.02054; ZeRO-Offload, arXiv 2101.06840; ZeRO-Infinity, a
 """
 
 import math
-import os
 import tempfile
 import weakref
 from contextlib import contextmanager
@@ -102,7 +101,7 @@ def all_sum(number, device="cpu"):
     return total.item()
 
 
-def send_bucket(bucket, world):
+def send_bucket(bucket, size):
     """Starts the reduce-scatter of a bucket (N · shard,); gives what to wait for, and what sum_received takes.
 
     NCCL has it. Gloo's own sends as much as an all-reduce, 2 (N - 1)/N instead of (N - 1)/N, and the order of its sums
@@ -110,7 +109,7 @@ def send_bucket(bucket, world):
     then made here, in the order of ranks: the same bits however gradients are cut into buckets.
     """
     if bucket.is_cuda:
-        received = bucket.new_empty(bucket.numel() // world)  # (shard,)
+        received = bucket.new_empty(size)  # (shard,)
         reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # before torch 2.13
         return reduce_scatter(received, bucket, async_op=True), received
     received = torch.empty_like(bucket)  # (N · shard,): the same shard as each rank has it
@@ -192,8 +191,8 @@ class Flat:
 
     def split(self, whole):
         """The reverse, as views."""
-        ends = torch.tensor([shape.numel() for shape in self.shapes]).cumsum(0).tolist()
-        return [whole[end - shape.numel() : end].view(shape) for shape, end in zip(self.shapes, ends)]
+        sizes = [shape.numel() for shape in self.shapes]
+        return [part.view(shape) for part, shape in zip(whole[: sum(sizes)].split(sizes), self.shapes)]
 
     def mine(self, whole):
         return whole[self.rank * self.size : (self.rank + 1) * self.size]
@@ -210,7 +209,6 @@ class Flat:
     def wait(self):
         if self.work is not None:
             self.work.wait()
-            self.work = None
 
     def fetch(self):
         """Stage 3: gives whole its memory and starts to fill it."""
@@ -238,25 +236,21 @@ class Flat:
 class ZeRO:
     """Holds the model's parameters and the optimizer; the model is called as ever.
 
-        engine = ZeRO(model, torch.optim.AdamW, stage=2, lr=1e-3)
+        engine = ZeRO(model, torch.optim.AdamW, blocks=model.transformer.h, stage=2, lr=1e-3)
         engine.backward(model(ids, labels=labels).loss * tokens / all_sum(tokens))
         engine.step(clip=1.0)
 
     model: the same on every rank; rank 0's numbers are taken. optimizer: an element-wise torch optimizer's class.
     params: as for that class, with groups or without; all that require a gradient, if not given. settings: its own.
-    blocks: modules that run one after the other, each used once in forward; the model's largest ModuleList, if not
-    given. Stage 3 gathers one of them at a time: between passes its parameters have no elements.
+    blocks: the model's modules that run one after the other, once each in forward. Stage 3 gathers them one at a time;
+    between passes no parameter has any element.
     """
 
-    def __init__(self, model, optimizer, params=None, *, stage, offload=None, blocks=None, **settings):
+    def __init__(self, model, optimizer, params=None, *, blocks, stage, offload=None, **settings):
         check(stage, offload)
         if not (dist.is_available() and dist.is_initialized()):
             raise Error("no process group: start with torchrun --nproc_per_node N, and call init_process_group first")
-        self.model, self.stage, self.offload, self.world = model, stage, offload, dist.get_world_size()
-        if blocks is None:
-            lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-            blocks = max(lists, key=lambda module: sum(p.numel() for p in module.parameters()), default=())
-        self.blocks = list(blocks)
+        self.model, self.blocks, self.stage, self.offload = model, list(blocks), stage, offload
         groups = list(params) if params is not None else [p for p in model.parameters() if p.requires_grad]
         groups = groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
         self.flats = self.lay_out(groups)
@@ -265,9 +259,11 @@ class ZeRO:
         self.optimizer = optimizer([{**group, "params": m} for group, m in zip(groups, masters)], **settings)
         # fp16: small gradients vanish unless the loss has a factor, and large ones overflow if it does
         self.dynamic = any(p.dtype == torch.float16 for p in model.parameters())
-        self.loss_scale, self.clean = 2.0**16 if self.dynamic else 1.0, 0
-        # Buckets leave in one order on all ranks, or collectives would meet the wrong ones: backward's, last unit first
-        self.queue, self.gone, self.under_way = self.trained[::-1], 0, None
+        self.loss_scale, self.clean, self.gone, self.under_way = 2.0**16 if self.dynamic else 1.0, 0, 0, None
+        # Buckets leave in one order on all ranks, or collectives would meet the wrong ones: backward's, in which a flat
+        # is complete when its first parameter is
+        order = {p: i for i, p in enumerate(model.parameters())}
+        self.queue = sorted(self.trained, key=lambda flat: (flat.unit, order[flat.params[0]]), reverse=True)
         self.room = 2 * max(flat.world * flat.size for flat in self.trained)
         self.longest = max(shape.numel() for flat in self.trained for shape in flat.shapes)
         me = weakref.proxy(self)  # hooks must not keep alive what owns their parameters
@@ -285,7 +281,7 @@ class ZeRO:
         if not group_of or group_of.keys() != {p for p in named if p.requires_grad}:
             raise Error("params must be all parameters of the model that require a gradient, no others, and not none")
         # A parameter belongs to the block that alone uses it, and otherwise to the root, unit 0
-        owner = {module: i for i, block in enumerate(self.blocks, 1) for module in block.modules()}
+        owner = self.owner = {module: i for i, block in enumerate(self.blocks, 1) for module in block.modules()}
         unit_of = {}
         for module in self.model.modules():
             for p in module._parameters.values():
@@ -321,10 +317,8 @@ class ZeRO:
     def ready(self, p, i):
         """The hook of a parameter whose gradient is there."""
         self.trained[i].waiting.discard(p)
-        end = self.gone
-        while end < len(self.queue) and not self.queue[end].waiting:
-            end += 1
-        self.send(end)
+        while self.gone < len(self.queue) and not self.queue[self.gone].waiting:
+            self.send(self.gone + 1)
         # The bucket under way is there twice, as sent and as received; with it, the gradients that are there and the
         # next one must not need more than the room of two buckets
         if self.under_way:
@@ -340,7 +334,7 @@ class ZeRO:
             if self.stage == 0:
                 self.under_way = flat, dist.all_reduce(bucket, async_op=True), bucket
             else:
-                self.under_way = flat, *send_bucket(bucket, self.world)
+                self.under_way = flat, *send_bucket(bucket, flat.size)
         self.gone = end
 
     def arrive(self):
@@ -381,15 +375,14 @@ class ZeRO:
         return norm
 
     def update(self, flat, factor):
-        master = flat.master
-        master.grad, flat.grad = flat.grad.to(master.device, master.dtype), None
+        flat.master.grad, flat.grad = flat.grad.to(flat.master.device, flat.master.dtype), None
         if factor != 1:
-            master.grad.mul_(factor)
+            flat.master.grad.mul_(factor)
         # The other masters have no gradient, and an optimizer passes over these: wide gradients are there for one flat
         self.optimizer.step()
-        master.grad = None
+        flat.master.grad = None
         if self.offload == "disk" and not flat.mapped:  # the optimizer makes its state at the first step
-            state = self.optimizer.state[master]
+            state = self.optimizer.state[flat.master]
             state.update({key: mapped(x) for key, x in state.items() if torch.is_tensor(x) and x.dim()})
             flat.mapped = True
         self.publish(flat)
@@ -409,12 +402,11 @@ class ZeRO:
         The root is freed while the blocks run forward, and stays from the head on until the end of backward: its
         modules are the first and the last. If one of them contains the blocks or is inside one, it stays throughout.
         """
-        inside = {module for block in self.blocks for module in block.modules()}
         root = {p for flat in self.flats if flat.unit == 0 for p in flat.params}
         self.model.register_forward_pre_hook(lambda *_: me.enter(0, first=True))
         for module in self.model.modules():
             if any(p in root for p in module._parameters.values()):
-                if module in inside or any(block in module.modules() for block in self.blocks):
+                if module in self.owner or any(block in module.modules() for block in self.blocks):
                     self.root_stays = True
                 else:
                     module.register_forward_pre_hook(lambda *_: me.enter(0))
@@ -433,11 +425,8 @@ class ZeRO:
         """Frees what has been used, sends for what comes next, and waits for the unit itself."""
         if self.resting:
             return
-        if self.forward:
-            self.at = 0 if first else unit or self.at  # the last block so far
-            following = self.at + 1 if self.at < len(self.blocks) else 0
-        else:
-            following = (unit or len(self.blocks) + 1) - 1
+        self.at = 0 if first else unit or self.at  # the last block so far
+        following = (self.at + 1 if self.forward else unit - 1) % (len(self.blocks) + 1)  # root, 1, 2, ..., root
         stay = {unit, following, 0 if self.root_stays or not self.forward else unit}
         for flat in self.flats:
             if flat.unit not in stay:
@@ -498,10 +487,9 @@ class ZeRO:
         saved = {name: state["master"].shape for name, state in found.items()}
         if wrong := [name for name in {**shapes, **saved} if shapes.get(name) != saved.get(name)]:
             raise Error(f"the checkpoint is of another model, or trains other parameters: {wrong[0]} does not fit")
-        number = {p: i for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"])}
         states = {}
-        for flat in self.trained:
-            mine = states[number[flat.master]] = dict(found[flat.names[0]])
+        for i, flat in enumerate(sorted(self.trained, key=lambda flat: flat.group)):  # the optimizer's order
+            mine = states[i] = dict(found[flat.names[0]])
             for key, x in mine.items():
                 if torch.is_tensor(x):
                     mine[key] = flat.mine(flat.join([found[name][key] for name in flat.names])).clone()
@@ -524,7 +512,7 @@ def demonstrate(rank, world, path):
     for stage in (0, 1, 2, 3):
         torch.manual_seed(0)
         model, x = nn.Sequential(*(nn.Linear(63, 63) for _ in range(6))), torch.randn(8, 63)
-        engine = ZeRO(model, torch.optim.AdamW, stage=stage, blocks=model)
+        engine = ZeRO(model, torch.optim.AdamW, blocks=model, stage=stage)
         for _ in range(5):
             engine.backward(model(x[rank::world]).square().sum() / len(x))
             engine.step()
@@ -545,8 +533,7 @@ if __name__ == "__main__":
         kept = {name: n / 1e9 for name, n in zero_bytes(7 * 10**9, 8, stage).items() if n}
         sent = sum(zero_traffic(7 * 10**9, 8, stage).values()) / (7 * 10**9)
         print(f"    stage {stage}: {sum(kept.values()):5g} = {kept}; sends {sent:.3g} Ψ in a step")
-    if hasattr(os, "fork"):
+    if "fork" in torch.multiprocessing.get_all_start_methods():
         print("Two processes train 24,192 parameters:", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            arguments = (2, os.path.join(folder, "store"))
-            torch.multiprocessing.start_processes(demonstrate, arguments, nprocs=2, start_method="fork")
+            torch.multiprocessing.start_processes(demonstrate, (2, f"{folder}/store"), nprocs=2, start_method="fork")

@@ -75,7 +75,10 @@ def train(monkeypatch, files, out, flags=""):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_run_learns_and_leaves_its_files(monkeypatch, files, tmp_path, method, precision):
-    """Each method in each precision lowers the loss and leaves what was trained, the figures and the picture."""
+    """Each method in each precision lowers the loss and leaves what was trained, the figures and the picture.
+
+    The bytes that memory.py predicts for a step are those that were measured; its peak has a test of its own.
+    """
     flags = f"{METHODS[method]} --precision {precision} --steps 30 --lr 0.02"
     result = train(monkeypatch, files, tmp_path, flags)
     assert RESULT_KEYS <= result.keys()
@@ -88,6 +91,10 @@ def test_a_run_learns_and_leaves_its_files(monkeypatch, files, tmp_path, method,
     narrow = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     assert {t.dtype for t in stored.values()} == {narrow if method == "full" else torch.float32}
     assert not list(tmp_path.glob("*.new"))
+    predicted, measured = result["predicted_bytes"], result["measured_bytes"]
+    assert predicted.keys() == measured.keys() == {"parameters", "gradients", "optimizer", "activations", "peak"}
+    for what in predicted.keys() - {"peak"}:
+        assert predicted[what] == measured[what], what
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
