@@ -169,7 +169,9 @@ def main():
             last, _ = whole_run(files, out, f"{flags} --resume")
             problems += differences(last, whole)
             print(f"{method}: {kills} kills so far; {'; '.join(problems) or 'nothing lost'}", flush=True)
-    print(f"{kills} kills, {cut_off} of them in a save and {unsaved} before the first; at most {worst} steps were lost,")
+    print(
+        f"{kills} kills, {cut_off} of them in a save and {unsaved} before the first; at most {worst} steps were lost,"
+    )
     print(f"with {SAVE_EVERY} from save to save; states lost or changed: {len(problems)}")
     sys.exit(len(problems) > 0)
 
