@@ -270,8 +270,8 @@ def make_adapters(folder):
 NUMBERS = [0, -1, 1, 2, 7, 10**9, 2**31, 2**63, 10**18, 10**400, 0.0, 0.5, -1.5, math.nan, math.inf, 1e300]
 NAMES = [
     "", "x", "nano", "..", "/", "../../..", "/dev/stdin", "a" * 5000, "\0", "\ud800", "a\nb\x1b[2J", "all-linear",
-    "blocks", "(a+)+$", "(.|.)" * 40, ".?" * 40 + "x", "(.*)*x", ".*" * 30 + "x", "(", "a{99999999999}", "softmax", "bilinear",
-    "nf4", "int8", "[P]" * 40 + "{source}", "gpt2", "LORA", "P_TUNING", "lstm", "F64", "I8", "F8_E4M3", "C64",
+    "blocks", "(a+)+$", "(.|.)" * 40, ".?" * 40 + "x", "(.*)*x", ".*" * 30 + "x", "(", "a{99999999999}", "softmax",
+    "bilinear", "nf4", "int8", "[P]" * 40 + "{source}", "gpt2", "LORA", "P_TUNING", "lstm", "F64", "I8", "F8_E4M3",
 ]  # fmt: skip
 HOSTILE = [None, True, False, [], {}, [[]], ["c_attn"], [0] * 50, {"c_attn": 10**9}, {"(a+)+$": 2}, *NUMBERS, *NAMES]
 
@@ -375,10 +375,9 @@ def test_bad_files_are_refused_or_load(tmp_path, cases):
     @given(st.data())
     def one(data):
         kind = data.draw(st.sampled_from(kinds), "kind")
-        folder = tmp_path / "bad"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(good / kind, folder)
+        folder = good / kind
         path = data.draw(st.sampled_from(sorted(folder.iterdir())), "file")
+        whole = path.read_bytes()
         spoil(data.draw, path)
         size = sum(p.stat().st_size for p in (*folder.iterdir(), *(good / "base").iterdir()))
         with Allocations() as seen, warnings.catch_warnings(action="ignore"):
@@ -388,6 +387,8 @@ def test_bad_files_are_refused_or_load(tmp_path, cases):
                 outcomes["loaded"] += 1
             except TRAIN["ERRORS"]:
                 outcomes["refused"] += 1
+            finally:
+                path.write_bytes(whole)
         assert seen.largest <= 10 * size
 
     one()
