@@ -915,6 +915,8 @@ if __name__ == "__main__":
     try:
         main()
     except (KeyboardInterrupt, Failure, RuntimeError, MemoryError, *ERRORS) as error:
+        for bar in [*tqdm._instances]:  # their lines end before the message begins
+            bar.close()
         if "--debug" in sys.argv:
             traceback.print_exc()
         line = str(error)

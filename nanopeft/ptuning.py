@@ -297,8 +297,8 @@ def ptuning_arguments(config):
         fields += [("template", "template", (str, type(None))), ("pseudo_id", "pseudo_id", (int,))]
     for argument, key, kind in fields:
         arguments[argument] = config.get(key, 2 if key == "encoder_num_layers" else None)
-        small = argument in ("hidden", "layers") and arguments[argument] is not None and arguments[argument] < 1
-        if type(arguments[argument]) not in kind or small:
+        value = arguments[argument]
+        if type(value) not in kind or (argument in ("hidden", "layers") and value is not None and value < 1):
             raise Error(f"adapter_config.json: {key} cannot be {arguments[argument]!r}")
     return arguments
 

@@ -1,0 +1,713 @@
+# SPDX-License-Identifier: MIT
+"""Runs that are killed, disks that are full, files from strangers, data as it comes, numbers that go wrong.
+
+The longer forms: python tests/bench/kill.py --kills 100, and pytest -m slow tests/test_survives.py, 100,000 bad files.
+"""
+
+import copy
+import json
+import math
+import os
+import random
+import runpy
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanopeft import adamw, adapter, data, gpt, lora, prefix, prompt, ptuning, quant
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "train.py"
+TRAIN = runpy.run_path(str(SCRIPT))
+KILL = runpy.run_path(str(ROOT / "tests" / "bench" / "kill.py"))
+CPU = torch.device("cpu")
+ENCODING = data.train_tokenizer([], 257)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A small base, a text, examples, and two adapters for a fusion."""
+    return KILL["make_files"](tmp_path_factory.mktemp("files"))
+
+
+def train(monkeypatch, files, out, flags=""):
+    """Runs train.py in this process: its exit code, 0 if it came to the end."""
+    quick = f"--base {files}/base --data {files}/a.txt --steps 6 --batch 2 --length 32 --save-every 2 --out {out}"
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *quick.split(), *flags.format(files=files).split()])
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return 0
+    except SystemExit as end:
+        if isinstance(end.code, str):  # the interpreter prints it and exits with 1
+            print(end.code, file=sys.stderr)
+            return 1
+        return end.code
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
+
+
+def last_line(capsys):
+    """What stderr ends with, after the progress bar: one line, and no traceback."""
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    line = error.strip().split("\r")[-1].split("\n")[-1]
+    assert line.startswith("train.py: "), error
+    return line
+
+
+# --------------------------------------------------------------------------------------------------------------- kills
+
+
+@pytest.mark.parametrize("method", KILL["METHODS"])
+def test_a_killed_run_ends_as_a_whole_one(files, tmp_path, method):
+    """Killed at random moments and resumed, a run of any method ends with the bits of one that nobody killed.
+
+    Each kill loses at most the steps from one save to the next.
+    """
+    flags = KILL["METHODS"][method]
+    whole, seconds = KILL["whole_run"](files, tmp_path / "whole", flags)
+    draw = random.Random(method)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        killed = KILL["kill_once"](files, tmp_path / "killed", flags, number, draw.uniform(0, seconds))
+        assert killed is None or killed[0] <= KILL["SAVE_EVERY"]
+    last, _ = KILL["whole_run"](files, tmp_path / "killed", flags + " --resume")
+    assert KILL["differences"](last, whole) == []
+
+
+# Runs in the child before train.py: {what} happens in the {n}-th call of save_file
+IN_A_SAVE = """
+import safetensors.torch, resource, signal
+save, calls, replace = safetensors.torch.save_file, [], os.replace
+def save_file(tensors, path, metadata=None):
+    calls.append(1)
+    now = len(calls) == {n}
+    if now and {what!r} == "the disk is full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+    save(tensors, path, metadata)
+    if now and {what!r} == "half is written":
+        os.truncate(path, os.path.getsize(path) // 2)
+    if now and {what!r} in ("half is written", "all is written"):
+        os.kill(os.getpid(), signal.SIGKILL)
+def replaced(*paths):
+    replace(*paths)
+    if len(calls) == {n} and {what!r} == "it is in its place":
+        os.kill(os.getpid(), signal.SIGKILL)
+safetensors.torch.save_file, os.replace = save_file, replaced
+"""
+SAVES = KILL["STEPS"] // KILL["SAVE_EVERY"]  # the next one is that of the adapter
+
+
+@pytest.fixture(scope="module")
+def whole(files):
+    return KILL["whole_run"](files, files / "whole", "--method lora")[0]
+
+
+@pytest.mark.parametrize("n", [1, 3, SAVES + 1])
+@pytest.mark.parametrize("what", ["half is written", "all is written", "it is in its place"])
+def test_killed_in_a_save(files, tmp_path, whole, what, n):
+    """A kill inside of a save leaves the old file or the new one, and --resume ends with a whole run's bits."""
+    process = KILL["start"](files, tmp_path / "o", "--method lora", IN_A_SAVE.format(what=what, n=n))
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    saved = min(SAVES, n if what == "it is in its place" else n - 1)
+    assert KILL["state_step"](tmp_path / "o") == saved * KILL["SAVE_EVERY"]
+    last, _ = KILL["whole_run"](files, tmp_path / "o", "--method lora --resume")
+    assert KILL["differences"](last, whole) == []
+
+
+@pytest.mark.parametrize("method, n", [("lora", 1), ("lora", 3), ("lora", SAVES + 1), ("full", SAVES + 1)])
+def test_disk_full(files, tmp_path, whole, method, n):
+    """A disk that is full ends the run with exit code 1 and one line; the last good state stays, and can be resumed."""
+    process = KILL["start"](files, tmp_path / "o", f"--method {method}", IN_A_SAVE.format(what="the disk is full", n=n))
+    process.join()
+    log = (tmp_path / "o.log").read_text()
+    assert process.exitcode == 1 and "Traceback" not in log
+    line = log.strip().split("\n")[-1]
+    assert line.startswith("train.py: ") and "File too large" in line and "--resume" in line and str(tmp_path) in line
+    assert KILL["state_step"](tmp_path / "o") == min(SAVES, n - 1) * KILL["SAVE_EVERY"]
+    assert method == "full" or not list((tmp_path / "o").glob("*.new"))
+    last, _ = KILL["whole_run"](files, tmp_path / "o", f"--method {method} --resume")
+    assert method == "full" or KILL["differences"](last, whole) == []
+
+
+def test_interrupted_before_the_first_step(monkeypatch, files, tmp_path, capsys):
+    """Ctrl-C while the base is loaded ends in one line with exit code 1, and --resume then starts from the start."""
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt.GPT, "from_pretrained", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert train(patch, files, tmp_path / "o") == 1
+    assert "--resume" in last_line(capsys) and not (tmp_path / "o").exists()
+    assert train(monkeypatch, files, tmp_path / "o", "--resume") == 0
+
+
+def test_interrupted_in_a_step_says_where_it_saved(monkeypatch, files, tmp_path, capsys):
+    """Ctrl-C in a step ends after it with exit code 1 and a line that names the step, the state and --resume."""
+    sample = data.Text.sample
+
+    def interrupt(self, size):
+        signal.raise_signal(signal.SIGINT)
+        return sample(self, size)
+
+    monkeypatch.setattr(data.Text, "sample", interrupt)
+    assert train(monkeypatch, files, tmp_path / "o") == 1
+    line = last_line(capsys)
+    assert "step 1" in line and str(tmp_path / "o" / "state.safetensors") in line and "--resume" in line
+
+
+# ------------------------------------------------------------------------------------------------------- our own state
+
+
+def lora_of(base):
+    """(parameters by name, optimizer), as train.py has them."""
+    torch.manual_seed(0)
+    model = lora.add_lora(gpt.GPT.from_pretrained(base))
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return params, adamw.AdamW(params.values())
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_flipped_bit_in_the_state_is_seen(files, whole, data):
+    """A state with any bit flipped, or cut short, is refused, and no parameter has changed."""
+    good = files / "whole" / "state.safetensors"
+    content = bytearray(good.read_bytes())
+    run = json.loads(json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["run"])
+    params, optimizer = lora_of(files / "base")
+    before = {name: p.detach().clone() for name, p in params.items()}
+    header = 8 + int.from_bytes(content[:8], "little")
+    where = data.draw(st.one_of(st.integers(0, header - 1), st.integers(0, len(content) - 1)), "byte")
+    if data.draw(st.integers(0, 9)) == 0:
+        del content[where:]
+    else:
+        content[where] ^= 1 << data.draw(st.integers(0, 7), "bit")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "state.safetensors"
+        path.write_bytes(content)
+        with pytest.raises(TRAIN["Error"]):
+            TRAIN["load_state"](path, run["settings"], params, optimizer)
+        assert all(torch.equal(p, before[name]) for name, p in params.items()) and not optimizer.state
+        path.write_bytes(good.read_bytes())
+        assert TRAIN["load_state"](path, run["settings"], params, optimizer)["step"] == KILL["STEPS"]
+
+
+@pytest.mark.parametrize("shape", [dict(n_embd=16), dict(n_layer=1), dict(n_layer=3)])
+def test_state_of_another_base(monkeypatch, files, tmp_path, capsys, shape):
+    """A state whose base has been exchanged for one of other shapes is refused in one line with exit code 2."""
+    shutil.copytree(files / "base", tmp_path / "base")
+    assert train(monkeypatch, files, tmp_path / "o", f"--base {tmp_path}/base --rank 4") == 0
+    capsys.readouterr()
+    sizes = dict(vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=2) | shape
+    gpt.GPT(**sizes).save_pretrained(tmp_path / "base")
+    assert train(monkeypatch, files, tmp_path / "o", f"--base {tmp_path}/base --rank 4 --resume") == 2
+    assert "the base is not the one" in last_line(capsys)
+
+
+# ------------------------------------------------------------------------------------------------- files from strangers
+
+
+class Allocations(TorchDispatchMode):
+    """The largest tensor in real memory that torch makes inside the `with`, in bytes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if torch.is_tensor(t) and t.device.type == "cpu":
+                self.largest = max(self.largest, t.untyped_storage().nbytes())
+        return out
+
+
+def make_adapters(folder):
+    """A base of one layer and an adapter of each kind on it, as train.py leaves them."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=257, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    gpt.GPT(**sizes).save_pretrained(folder / "base")
+    data.save_tokenizer(ENCODING, folder / "base")
+
+    def base():
+        return gpt.GPT.from_pretrained(folder / "base")
+
+    bottleneck = adapter.add_adapter(base(), placement="pfeiffer", reduction=2)
+    one = adapter.adapter_config(bottleneck), adapter.adapter_state_dict(bottleneck)
+    parts = {
+        "lora": (lora, lora.add_lora(base(), r=2)),
+        "ranks": (lora, lora.add_lora(base(), ["c_attn", "c_fc"], r=2, ranks={"c_fc": 3})),
+        "adapter": (adapter, bottleneck),
+        "prefix": (prefix, prefix.PrefixTuning(base(), 3)),
+        "prompt": (prompt, prompt.PromptTuning(base(), 3)),
+        "ptuning": (ptuning, ptuning.PTuning(base(), 3)),
+        "template": (ptuning, ptuning.PTuning(base(), template="[P]a{source}[P]")),
+    }
+    fused = adapter.add_fusion(base(), [one] * 2)
+    found = {"fusion": (adapter.fusion_state_dict, adapter.fusion_config, fused)}
+    for name, (part, model) in parts.items():
+        verb = part.__name__.rpartition(".")[2]
+        found[name] = getattr(part, f"{verb}_state_dict"), getattr(part, f"{verb}_config"), model
+    found["qlora"] = found["lora"]
+    for name, (state_dict, config, model) in found.items():
+        (folder / name).mkdir()
+        config = config(model) | {"base_model_name_or_path": str(folder / "base")}
+        config |= {"base_quantization": "nf4"} if name == "qlora" else {}
+        (folder / name / "adapter_config.json").write_text(json.dumps(config))
+        save_file(state_dict(model), folder / name / "adapter_model.safetensors")
+    return ["base", *found]
+
+
+NUMBERS = [0, -1, 1, 2, 7, 10**9, 2**31, 2**63, 10**18, 10**400, 0.0, 0.5, -1.5, math.nan, math.inf, 1e300]
+NAMES = [
+    "", "x", "nano", "..", "/", "../../..", "/dev/stdin", "a" * 5000, "\0", "\ud800", "a\nb\x1b[2J", "all-linear",
+    "blocks", "(a+)+$", "(.|.)" * 40, ".?" * 40 + "x", "(.*)*x", ".*" * 30 + "x", "(", "a{99999999999}", "softmax",
+    "bilinear", "nf4", "int8", "[P]" * 40 + "{source}", "gpt2", "LORA", "P_TUNING", "lstm", "F64", "I8", "F8_E4M3",
+]  # fmt: skip
+HOSTILE = [None, True, False, [], {}, [[]], ["c_attn"], [0] * 50, {"c_attn": 10**9}, {"(a+)+$": 2}, *NUMBERS, *NAMES]
+
+
+def places(tree, found):
+    """Every (container, key) in what JSON gave."""
+    keys = tree.keys() if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ()
+    for key in keys:
+        found.append((tree, key))
+        places(tree[key], found)
+    return found
+
+
+def spoil_json(draw, text):
+    tree = json.loads(text)
+    for _ in range(draw(st.integers(1, 3))):
+        container, key = draw(st.sampled_from(places(tree, [(tree, "new key")])))
+        how = draw(st.integers(0, 9))
+        if how == 0 and key in container:
+            del container[key]
+        else:
+            value = draw(st.sampled_from(HOSTILE) if how < 8 else st.integers() | st.floats() | st.text())
+            container[key] = copy.deepcopy(value)
+        if not tree:
+            break
+    return json.dumps(tree).encode()
+
+
+def spoil_bytes(draw, content):
+    content, how = bytearray(content), draw(st.integers(0, 4))
+    where = draw(st.integers(0, min(len(content), draw(st.sampled_from([40, 2000, 10**9])))))
+    if how == 0:
+        return content[:where]
+    if how == 1:
+        return content[:where] + draw(st.binary(max_size=9)) + content[where:]
+    if how == 2:
+        return draw(
+            st.sampled_from([b"", b"[" * 100_000, b"9" * 5000, b"\xff" * 9, struct.pack("<Q", 1 << 40) + b"{}"])
+        )
+    for _ in range(draw(st.integers(1, 8))):
+        content[draw(st.integers(0, len(content) - 1))] ^= 1 << draw(st.integers(0, 7))
+    return content
+
+
+def spoil_header(draw, content):
+    """A safetensors header that says something else: shapes, types, offsets, names."""
+    length = int.from_bytes(content[:8], "little")
+    header = spoil_json(draw, content[8 : 8 + length])
+    return struct.pack("<Q", len(header)) + header + content[8 + length :]
+
+
+def spoil_tensors(draw, path):
+    """Tensors renamed, left out, added, or of another shape, type or value, in a file that is sound."""
+    state = load_file(path)
+    key = draw(st.sampled_from(sorted(state)))
+    t, how = state.pop(key), draw(st.integers(0, 6))
+    if how == 0:
+        state[key + draw(st.sampled_from(["x", ".weight", "\n"]))] = t
+    elif how == 1:
+        state |= {key: t, draw(st.sampled_from(NAMES).filter(lambda name: name != "\ud800")): torch.zeros(2)}
+    elif how == 2:
+        state[key] = t.t().contiguous() if t.dim() == 2 else t[:-1].clone()
+    elif how == 3:
+        state[key] = t[None].clone()
+    elif how == 4:
+        types = [torch.float64, torch.bfloat16, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn]
+        state[key] = t.to(draw(st.sampled_from([*types, torch.int64])))
+    elif how == 5:
+        state[key] = t * draw(st.sampled_from([math.nan, math.inf, 1e38, -1e30, 0]))
+    save_file(state, path)
+
+
+def spoil(draw, path):
+    """One of the ways for a file to be bad, by its kind."""
+    content, how = path.read_bytes(), draw(st.integers(0, 2))
+    if path.suffix == ".safetensors" and how == 0:
+        spoil_tensors(draw, path)
+    elif path.suffix == ".safetensors" and how == 1:
+        path.write_bytes(spoil_header(draw, content))
+    elif path.suffix == ".json" and how < 2:
+        path.write_bytes(spoil_json(draw, content))
+    else:
+        path.write_bytes(spoil_bytes(draw, content))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("cases", [2000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_bad_files_are_refused_or_load(tmp_path, cases):
+    """Whatever is wrong with a base, its tokenizer or an adapter: it loads and writes a text, or the project's Error.
+
+    Never another exception, never a tensor of over ten times the files, and never longer than some seconds.
+    """
+    good = tmp_path / "good"
+    good.mkdir()
+    kinds = make_adapters(good)
+    outcomes = {"loaded": 0, "refused": 0}
+
+    @settings(
+        deadline=timedelta(seconds=30), max_examples=cases, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(st.data())
+    def one(data):
+        kind = data.draw(st.sampled_from(kinds), "kind")
+        folder = good / kind
+        path = data.draw(st.sampled_from(sorted(folder.iterdir())), "file")
+        whole = path.read_bytes()
+        spoil(data.draw, path)
+        size = sum(p.stat().st_size for p in (*folder.iterdir(), *(good / "base").iterdir()))
+        with Allocations() as seen, warnings.catch_warnings(action="ignore"):
+            try:
+                model, encoding = TRAIN["load_trained"](folder, torch.float32, CPU)
+                TRAIN["sample"](model, encoding, "ab", CPU, 0)
+                outcomes["loaded"] += 1
+            except TRAIN["ERRORS"]:
+                outcomes["refused"] += 1
+            finally:
+                path.write_bytes(whole)
+        assert seen.largest <= 10 * size
+
+    one()
+    assert min(outcomes.values()) > cases // 20, outcomes
+
+
+@pytest.mark.parametrize("cases", [300, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_bad_data_is_refused_or_read(tmp_path, cases):
+    """Whatever bytes a .txt or a .jsonl holds, it is read or refused by data.Error in one line."""
+
+    @settings(deadline=timedelta(seconds=30), max_examples=cases, database=None)
+    @given(st.sampled_from(["a.txt", "a.jsonl"]), st.data())
+    def one(name, draw):
+        path = tmp_path / name
+        line = json.dumps({"prompt": "été 😀\r", "completion": "b\0<|endoftext|>"}, ensure_ascii=False).encode()
+        path.write_bytes(b"\n".join([line] * 5))
+        if draw.draw(st.booleans()) and name == "a.jsonl":
+            path.write_bytes(b"\n".join([line, spoil_json(draw.draw, line), line]))
+        else:
+            path.write_bytes(spoil_bytes(draw.draw, path.read_bytes()))
+        try:
+            for side in data.load(str(path), ENCODING, 8):
+                side.sample(2), list(side.batches(2)), side.opening(), side.bytes()
+        except data.Error as error:
+            assert "\n" not in str(error)
+
+    one()
+
+
+@pytest.mark.parametrize(
+    "kind, changes",
+    [
+        ("lora", {"r": 10**9}), ("lora", {"lora_alpha": 10**400}), ("lora", {"rank_pattern": {"c_fc": 10**9}}),
+        ("lora", {"lora_alpha": math.nan}), ("lora", {"target_modules": "(.*)*x"}), ("qlora", {"base_quantization": 7}),
+        ("adapter", {"reduction": None, "bottleneck": 10**9}), ("adapter", {"reduction": -1}),
+        ("prefix", {"num_virtual_tokens": 10**9}), ("prompt", {"num_virtual_tokens": 10**9}),
+        ("ptuning", {"num_virtual_tokens": 10**9}), ("ptuning", {"encoder_hidden_size": -1}),
+        ("template", {"pseudo_id": 10**400}), ("fusion", {"adapters": []}),
+        ("prompt", {"base_model_name_or_path": "../../.."}), ("prompt", {"base_model_name_or_path": "/dev"}),
+        ("prompt", {"base_model_name_or_path": "a" * 5000}), ("prompt", {"base_model_name_or_path": 7}),
+    ],
+)  # fmt: skip
+def test_hostile_numbers_cost_nothing(monkeypatch, tmp_path, capsys, kind, changes):
+    """A config with a huge, negative or endless value is refused in one line before a large tensor is made."""
+    make_adapters(tmp_path)
+    path = tmp_path / kind / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--generate", str(tmp_path / kind), "--prompt", "a"])
+    with Allocations() as seen, pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert end.value.code == 2 and last_line(capsys)
+    assert seen.largest <= 1_000_000
+
+
+def test_huge_encoder_is_not_made(tmp_path):
+    """P-tuning's file has no encoder: one that its config calls huge is not made, and the prompt loads all the same."""
+    make_adapters(tmp_path)
+    path = tmp_path / "ptuning" / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"encoder_hidden_size": 10**9, "encoder_num_layers": 10**9}
+    path.write_text(json.dumps(config))
+    with Allocations() as seen:
+        TRAIN["load_trained"](tmp_path / "ptuning", torch.float32, CPU)
+    assert seen.largest <= 1_000_000
+
+
+def test_nothing_is_half_loaded(tmp_path):
+    """Where the last tensor of an adapter does not fit, the ones before it are not in the model either."""
+    make_adapters(tmp_path)
+    model = lora.add_lora(gpt.GPT.from_pretrained(tmp_path / "base"), r=2)
+    state = {key: torch.ones_like(t) for key, t in lora.lora_state_dict(model).items()}
+    last = sorted(state)[-1]
+    before = {key: t.clone() for key, t in lora.lora_state_dict(model).items()}
+    for bad in (state[last][:1], state[last].to(torch.int8), state[last].to(torch.float8_e4m3fn)):
+        with pytest.raises(lora.Error):
+            lora.load_lora_state_dict(model, state | {last: bad})
+    assert all(torch.equal(t, before[key]) for key, t in lora.lora_state_dict(model).items())
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "vocab.json", "merges.txt"])
+def test_pipes_are_not_waited_for(tmp_path, name):
+    """A named pipe in the place of a file is refused, and nobody waits for what it will say."""
+    make_adapters(tmp_path)
+    (tmp_path / "base" / name).unlink()
+    os.mkfifo(tmp_path / "base" / name)
+    with pytest.raises(TRAIN["ERRORS"]):
+        TRAIN["load_trained"](tmp_path / "base", torch.float32, CPU)
+
+
+def test_names_in_files_cannot_write_on_the_terminal(monkeypatch, tmp_path, capsys):
+    """A tensor whose name has line ends and control characters is named in one line without them."""
+    make_adapters(tmp_path)
+    path = tmp_path / "prompt" / "adapter_model.safetensors"
+    save_file({"a\n\x1b[2Jb": torch.zeros(2)}, path)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--generate", str(tmp_path / "prompt")])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "\x1b" not in error and "[2Jb" in error
+
+
+def test_no_file_is_unpickled():
+    """No part of the program opens a pickle."""
+    for path in (SCRIPT, *(ROOT / "nanopeft").glob("*.py")):
+        source = path.read_text("utf-8")
+        assert (
+            "torch.load(" not in source
+            and "import pickle" not in source
+            and "eval(" not in source.replace(".eval(", "")
+        )
+
+
+# -------------------------------------------------------------------------------------------------------- data as it is
+
+
+def examples(tmp_path, lines):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nul \0 in it",
+        "שלום עולם",
+        "👩‍👩‍👧‍👦 🏳️‍🌈",
+        data.ENDOFTEXT,
+        "",
+        "\r",
+        "\u2028",
+        "[P]{source}",
+        "x" * 5000,
+        "\ufeff",
+    ],
+)
+def test_any_text_is_kept(tmp_path, text):
+    """Odd texts, as prompt and as completion, come out of the tokens as they went in, and never as a special token."""
+    path = examples(tmp_path, [{"prompt": text, "completion": text}] * 3 + [b"", b"   ", b"\r"])
+    train_side, valid = data.load(str(path), ENCODING, 20_000)
+    assert len(train_side.items) + len(valid.items) == 3 and train_side.cut == valid.cut == 0
+    for p, c in train_side.items:
+        assert ENCODING.decode(p[1:]) == ENCODING.decode(c[:-1]) == text
+        assert p.count(ENCODING.eot_token) == c.count(ENCODING.eot_token) == 1
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        (b'{"prompt": "\\ud800", "completion": "b"}', "half of a surrogate pair"),
+        (b'{"prompt": "a", "completion": "\\udfff b"}', "half of a surrogate pair"),
+        (b'{"prompt": "a\x00", "completion": "b"}', "no JSON"),
+        (b'{"prompt": "a", "completion": "b", "n": ' + b"9" * 5000 + b"}", "no JSON"),
+        (b"[" * 100_000, "no JSON"),
+        (b'{"prompt": "' + b"\\n" * 200_000 + b'x", "completion": "b"}', "blanks"),
+        (b'{"prompt": "a", "completion": "\xe9"}', "no UTF-8"),
+        (b'{"prompt": "a", "completion": null}', "needs a text"),
+    ],
+)  # fmt: skip
+def test_bad_lines_are_named(tmp_path, line, says):
+    """What cannot be read is refused in one line with the number of its line."""
+    good = {"prompt": "a", "completion": "b"}
+    with pytest.raises(data.Error, match=says) as error:
+        data.load(str(examples(tmp_path, [good, b"", line, good])), ENCODING, 16)
+    assert "line 3" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_texts_of_ten_megabytes_on_a_line(tmp_path):
+    """10 MB of words on one line are read whole; a run of blanks that the tokenizer would panic over names its line."""
+    encoding = data.load_tokenizer(gpt.find_checkpoint("nano"))
+    path = tmp_path / "a.txt"
+    path.write_text("words and words, " * 600_000)
+    train_side, valid = data.load(str(path), encoding, 128)
+    assert train_side.bytes() + valid.bytes() == 10_200_000
+    path.write_text("one\ntwo" + " " * 2_000_000 + "three")
+    with pytest.raises(data.Error, match="line 2: 100,000 blanks"):
+        data.load(str(path), encoding, 128)
+    path.write_text("one\ntwo" + " " * 99_999 + "three")
+    assert sum(side.bytes() for side in data.load(str(path), encoding, 8)) == 7 + 99_999 + 5
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_no_file_is_named(tmp_path, kind):
+    """A folder or a named pipe in the place of a text is refused, and not waited for."""
+    path = tmp_path / "a.txt"
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    with pytest.raises(data.Error, match="a folder or a device"):
+        data.load(str(path), ENCODING, 16)
+
+
+def test_a_file_that_shrinks(tmp_path):
+    """A text that is cut short between its opening and its reading is what is left of it."""
+    path = tmp_path / "a.txt"
+    path.write_text("one line and another\n" * 100)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os.path, "isfile", lambda p: os.truncate(path, 1050) is None)
+        text = data.read(str(path))
+    assert text == "one line and another\n" * 50
+
+
+def test_what_is_cut_is_counted(monkeypatch, files, tmp_path, capsys):
+    """Prompts longer than the context train, and the run says how many examples were cut, also of cut emoji."""
+    path = examples(tmp_path, [{"prompt": f"{i} " + "😀" * (40 * (i % 2)), "completion": "y"} for i in range(20)])
+    assert train(monkeypatch, files, tmp_path / "o", f"--data {path} --length 64") == 0
+    assert "10 examples have more than 64 tokens and were cut" in capsys.readouterr().out
+
+
+def test_a_dollar_in_the_name(monkeypatch, files, tmp_path):
+    """The picture shows a file's name as it is, where dollars would begin a formula."""
+    shutil.copy(files / "a.txt", tmp_path / "$\\x$.txt")
+    assert train(monkeypatch, files, tmp_path / "o", f"--data {tmp_path}/$\\x$.txt --steps 1") == 0
+
+
+# ------------------------------------------------------------------------------------------------ numbers that go wrong
+
+
+@pytest.mark.parametrize("save_every", [1, 100])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_loss_stops_the_run(monkeypatch, files, tmp_path, capsys, bad, save_every):
+    """Weights that a step has ruined end the run at once: the step's name, exit code 1, and the last good state."""
+    step, calls = adamw.AdamW.step, []
+
+    def ruin(self, *args, **options):
+        step(self, *args, **options)
+        calls.append(1)
+        if len(calls) == 4:
+            self.param_groups[0]["params"][0].data.fill_(bad)
+
+    monkeypatch.setattr(adamw.AdamW, "step", ruin)
+    assert train(monkeypatch, files, tmp_path / "o", f"--save-every {save_every}") == 1
+    line = last_line(capsys)
+    assert "at step 4" in line and "--lr" in line and len(calls) == 4
+    assert KILL["state_step"](tmp_path / "o") == (3 if save_every == 1 else 0)
+    assert ("stays as it was" if save_every == 1 else "nothing was saved") in line
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "prefix", "prompt"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_learning_rate_of_1e10(monkeypatch, files, tmp_path, capsys, method, precision):
+    """A learning rate of 1e10 ends with finite figures, or with one line and exit code 1."""
+    code = train(monkeypatch, files, tmp_path / "o", f"--method {method} --precision {precision} --lr 1e10")
+    assert code in (0, 1, 2)
+    if code == 0:
+        assert math.isfinite(json.loads((tmp_path / "o" / "result.json").read_text())["loss_after"])
+    else:
+        assert code == 1 and last_line(capsys)
+
+
+def test_damaged_base_is_named(monkeypatch, files, tmp_path, capsys):
+    """A base with a NaN in it is named before the first step."""
+    shutil.copytree(files / "base", tmp_path / "base")
+    state = load_file(tmp_path / "base" / "model.safetensors")
+    state["transformer.ln_f.weight"][0] = math.nan
+    save_file(state, tmp_path / "base" / "model.safetensors")
+    assert train(monkeypatch, files, tmp_path / "o", f"--base {tmp_path}/base") == 1
+    assert "before any step" in last_line(capsys) and not (tmp_path / "o").exists()
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--generate", f"{tmp_path}/base"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert end.value.code == 2 and "inf or NaN" in last_line(capsys)
+
+
+def test_overflow_in_fp16_is_skipped_and_counted(monkeypatch, files, tmp_path, capsys):
+    """Where a gradient overflows fp16 the weights stay, the scale is halved, and the report counts the step."""
+    chunked, moved = gpt.chunked_loss, []
+    step = adamw.AdamW.step
+
+    def spy(self, *args, **options):
+        moved.append(1)
+        return step(self, *args, **options)
+
+    # The first scale that fits 100 times the loss is some halvings below 2^16
+    monkeypatch.setattr(gpt, "chunked_loss", lambda *args: 100 * chunked(*args))
+    monkeypatch.setattr(adamw.AdamW, "step", spy)
+    assert train(monkeypatch, files, tmp_path / "o", "--method full --precision fp16 --steps 12 --lr 0.0001") == 0
+    result = json.loads((tmp_path / "o" / "result.json").read_text())
+    assert 0 < result["skipped_steps"] < 12 and len(moved) == 12 - result["skipped_steps"]
+    assert f"{result['skipped_steps']} steps, on which a gradient overflowed fp16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ["--batch 1", "--length 2", "--batch 1 --length 2 --accumulate 3", "--rank 32"])
+def test_smallest_sizes_train(monkeypatch, files, tmp_path, flags):
+    """A batch of one, a sequence of one token and its successor, and a rank as large as the layer all train."""
+    assert train(monkeypatch, files, tmp_path / "o", flags) == 0
+    result = json.loads((tmp_path / "o" / "result.json").read_text())
+    assert all(map(math.isfinite, result["losses"]))
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_rank_above_the_layers(monkeypatch, files, tmp_path, capsys):
+    """A rank above every layer's is wrong use: exit code 2 and one line."""
+    assert train(monkeypatch, files, tmp_path / "o", "--rank 1000000000") == 2
+    assert "32" in last_line(capsys)
+
+
+def test_out_of_memory_is_one_line(monkeypatch, files, tmp_path, capsys):
+    """A batch that no machine can hold is a failure: exit code 1 and one line."""
+    assert train(monkeypatch, files, tmp_path / "o", f"--batch {10**15}") == 1
+    assert "out of memory" in last_line(capsys)
+
+
+def test_out_that_is_a_file(monkeypatch, files, tmp_path, capsys):
+    """A file in the place of the folder of results is wrong use, and stays as it is."""
+    (tmp_path / "o").write_text("mine")
+    assert train(monkeypatch, files, tmp_path / "o") == 2
+    assert "--out" in last_line(capsys) and (tmp_path / "o").read_text() == "mine"
+
+
+@pytest.mark.parametrize("flags, code", [("--steps 0", 2), (f"--batch {10**15}", 1)])
+def test_debug_shows_the_traceback(monkeypatch, files, tmp_path, capsys, flags, code):
+    """--debug shows where an error came from, above the same line and with the same exit code."""
+    assert train(monkeypatch, files, tmp_path / "o", f"{flags} --debug") == code
+    error = capsys.readouterr().err
+    assert "Traceback" in error and error.strip().split("\n")[-1].startswith("train.py: ")
+
+
+def test_errors_of_the_program_itself_are_not_hidden(monkeypatch, files, tmp_path):
+    """A mistake in the program shows its traceback: only what is known to go wrong becomes a line."""
+    monkeypatch.setattr(quant, "quantize_nf4", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(monkeypatch, files, tmp_path / "o", "--method qlora")
