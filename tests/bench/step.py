@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: MIT
+"""A training step of each technique, and generation, against transformers + peft (+ bitsandbytes): time and memory.
+
+    python tests/bench/step.py --shape gpt2 --steps 10 --out out/bench/gpt2       a table, gpt2.json and gpt2.png
+    python tests/bench/step.py --growth --shape nano --out out/bench/growth       LoRA over batch, length and rank
+
+Random weights, random tokens, bf16, 4 x 256 tokens. Each side runs in a process of its own; they take turns step by
+step, so that other load on the machine hits each alike: only the ratios mean something. Seconds are those of the best
+round; beside them stand CPU seconds (median), which say more on a machine with other work. The peer is tried in several
+configurations, and the fastest counts. Memory is the peak of the process's resident memory (VmHWM, Linux) above what
+it held when the model with its technique had run on a few tokens, and gradients and optimizer were not there.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import json
+import math
+import multiprocessing
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+BF16 = torch.bfloat16
+SHAPES = {
+    "nano": dict(vocab_size=3072, n_positions=512, n_embd=256, n_layer=6, n_head=4),
+    "gpt2": dict(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12),
+}
+METHODS = ("full", "lora", "qlora", "prefix", "prompt", "ptuning")
+N = 20  # tokens of a prefix or prompt
+# name: (type of the base, type of what is trained, autocast, GPT-2's activation as transformers calls it)
+PEERS = {
+    "bf16": (BF16, BF16, False, "gelu_new"),
+    "bf16, fused gelu": (BF16, BF16, False, "gelu_pytorch_tanh"),  # the same function in one kernel
+    "bf16 + autocast": (BF16, torch.float32, True, "gelu_new"),
+    "fp32 + autocast": (torch.float32, torch.float32, True, "gelu_new"),
+}
+PROMPT, NEW = 32, 64  # tokens read and written in the race of generation
+MATMUL = 2048
+
+
+# -------------------------------------------------------------------------------------------------------- the two sides
+
+
+def our_model(method, shape, rank):
+    from nanopeft import gpt, lora, prefix, prompt, ptuning, qlora
+
+    model = gpt.GPT(**SHAPES[shape]).to(BF16)
+    if method == "lora":
+        lora.add_lora(model, r=rank)
+    elif method == "qlora":
+        qlora.add_qlora(model, r=rank)
+    elif method == "prefix":
+        model = prefix.PrefixTuning(model, N)
+    elif method == "prompt":
+        model = prompt.PromptTuning(model, N)
+    elif method == "ptuning":
+        model = ptuning.PTuning(model, N)
+    return model
+
+
+def peer_model(method, shape, rank, base_type, own_type, activation):
+    import peft
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    config = transformers.GPT2Config(
+        **SHAPES[shape], bos_token_id=0, eos_token_id=None, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0,
+        activation_function=activation, attn_implementation="sdpa",
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config).to(base_type)
+    if method == "qlora":
+        four_bit = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=BF16
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            options = dict(quantization_config=four_bit, dtype=base_type, device_map={"": "cpu"})
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    prompts = dict(task_type="CAUSAL_LM", num_virtual_tokens=N)
+    d = SHAPES[shape]["n_embd"]
+    adapter = {
+        "lora": lambda: peft.LoraConfig(
+            task_type="CAUSAL_LM", target_modules="all-linear", r=rank, lora_alpha=16, fan_in_fan_out=True
+        ),
+        "prefix": lambda: peft.PrefixTuningConfig(**prompts),
+        "prompt": lambda: peft.PromptTuningConfig(**prompts),
+        "ptuning": lambda: peft.PromptEncoderConfig(
+            **prompts, encoder_reparameterization_type="LSTM", encoder_hidden_size=d // 2, encoder_num_layers=2
+        ),
+    }
+    if method in ("full", "generate"):
+        return model
+    model = peft.get_peft_model(model, adapter["lora" if method == "qlora" else method]())
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.to(own_type)
+    return model
+
+
+def resident(key):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return 1024 * int(line.split()[1])
+
+
+def work(pipe, side, method, shape, batch, length, rank, threads):
+    """One racer: sends when it is ready, then the seconds (wall, CPU) of each call asked for, then the peak."""
+    from nanopeft import adamw
+
+    warnings.simplefilter("ignore")  # peft's and transformers', of each other
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    context = contextlib.nullcontext
+    if method == "matmul":
+        x = torch.randn(MATMUL, MATMUL).to(BF16)
+        model = None
+    elif side == "ours":
+        model = our_model(method, shape, rank)
+    else:
+        base_type, own_type, autocast, activation = PEERS[side]
+        model = peer_model(method, shape, rank, base_type, own_type, activation)
+        if autocast:
+            context = lambda: torch.autocast("cpu", dtype=BF16)  # noqa: E731
+    ids = torch.randint(SHAPES[shape]["vocab_size"], (batch, PROMPT if method == "generate" else length))
+    if method == "matmul":
+        call = lambda: x @ x  # noqa: E731
+    elif method == "generate":
+        model.eval()
+        options = {} if side == "ours" else dict(do_sample=False, use_cache=True, pad_token_id=0)
+
+        def call(ids=ids, new=NEW):
+            options["attention_mask"] = None if side == "ours" else torch.ones_like(ids)
+            model.generate(ids, max_new_tokens=new, **options)
+
+        call(ids[:, :4], 2)
+    else:
+        options = {} if side == "ours" or method == "prefix" else dict(use_cache=False)
+        trained = [p for p in model.train().parameters() if p.requires_grad]
+
+        def backward(ids):
+            with context():
+                loss = model(input_ids=ids, labels=ids, **options).loss
+            loss.backward()
+
+        def call():
+            backward(ids)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        backward(ids[:1, :8])
+        for p in trained:
+            p.grad = None
+    gc.collect()
+    # What building the model has left behind, and the code that torch loads at its first use, are not counted
+    ctypes.CDLL(None).malloc_trim(0)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back
+    if method not in ("matmul", "generate"):
+        optimizer = adamw.AdamW(trained) if side == "ours" else torch.optim.AdamW(trained, fused=True)
+
+    pipe.send("ready")
+    while pipe.recv() == "go":
+        wall, cpu = time.perf_counter(), time.process_time()
+        call()
+        pipe.send((time.perf_counter() - wall, time.process_time() - cpu))
+    trained = 0 if model is None else sum(p.numel() for p in model.parameters() if p.requires_grad)
+    pipe.send(dict(memory=resident("VmHWM") - before, trained=trained))
+
+
+# ------------------------------------------------------------------------------------------------------------- the race
+
+
+def race(racers, rounds, warmup=2):
+    """{name: work's arguments} → {name: {"wall": [...], "cpu": [...], "memory": bytes}}, all taking turns."""
+    context = multiprocessing.get_context("forkserver")  # imports once, and each racer starts from a clean heap
+    context.set_forkserver_preload(["torch", "transformers.models.gpt2.modeling_gpt2", "peft", "bitsandbytes"])
+    pipes, found = {}, {name: dict(wall=[], cpu=[]) for name in racers}
+    for name, arguments in racers.items():
+        pipes[name], other = context.Pipe()
+        context.Process(target=work, args=(other, *arguments), daemon=True).start()
+        other.close()
+        pipes[name].recv()
+    for turn in range(warmup + rounds):
+        for name, pipe in pipes.items():
+            pipe.send("go")
+            wall, cpu = pipe.recv()
+            if turn >= warmup:  # the first ones allocate
+                found[name]["wall"].append(wall)
+                found[name]["cpu"].append(cpu)
+    for name, pipe in pipes.items():
+        pipe.send("stop")
+        found[name] |= pipe.recv()
+    return found
+
+
+def flops(method, shape, batch, length, rank):
+    """Multiplications and additions in the matrix products that a step cannot do without (attention: its lower half).
+
+    A linear layer with P weights takes 2 P for each token forward, 2 P for dx, and 2 P for dW if W is trained.
+    """
+    V, _, d, layers, _ = SHAPES[shape].values()
+    seen = length + (N if method in ("prompt", "ptuning") else 0)  # tokens computed
+    keys = seen / 2 + (N if method == "prefix" else 0)  # keys that a query sees, in the mean
+    weights = layers * 12 * d * d + V * d
+    per_token = (6 if method == "full" else 4) * weights
+    per_token += layers * 3 * 4 * d * keys  # q K' and p V: 4 d for each key forward, twice that backward
+    if method in ("lora", "qlora"):
+        per_token += 6 * layers * rank * 18 * d  # in + out of the four linears: 4 d, 2 d, 5 d and 5 d, and r V for none
+    return batch * seen * per_token
+
+
+def compare(method, shape, batch, rank, args):
+    """One row of the table."""
+    rest = (shape, batch, args.length, rank, args.threads)
+    sides = ["ours", *PEERS] if method != "generate" else ["ours", "bf16", "bf16, fused gelu"]
+    racers = {side: (side, method, *rest) for side in sides}
+    found = race(racers | {"matmul": ("ours", "matmul", *rest)}, args.steps)
+    seconds = {side: min(found[side]["wall"]) for side in found}
+    best = min(sides[1:], key=seconds.get)
+    tokens = batch * (NEW if method == "generate" else args.length)
+    cpu = [statistics.median(found[side]["cpu"]) for side in (best, "ours")]
+    row = dict(
+        method=method, shape=shape, batch=batch, best=best, tokens=tokens, trained=found["ours"]["trained"],
+        seconds=seconds, tokens_per_second={side: tokens / seconds[side] for side in sides},
+        speed=seconds[best] / seconds["ours"], speed_cpu=cpu[0] / cpu[1],
+        memory={side: found[side]["memory"] for side in sides},
+        memory_ratio=found["ours"]["memory"] / found[best]["memory"],
+        matmul=2 * MATMUL**3 / seconds["matmul"], raw=found,
+    )  # fmt: skip
+    if method != "generate":
+        row["flops"] = flops(method, shape, batch, args.length, rank)
+        row["share"] = row["flops"] / seconds["ours"] / row["matmul"]
+    return row
+
+
+HEAD = (
+    f"{'':13}{'tok/s':>8}{'peer':>8}{'speed':>7}{'CPU':>7}{'MB':>8}{'peer':>8}{'ratio':>7}{'GFLOP':>8}{'share':>7}"
+    "  the peer's best, and the others' speed"
+)
+
+
+def line(row):
+    best, rate, memory = row["best"], row["tokens_per_second"], row["memory"]
+    others = ", ".join(f"{k} {rate['ours'] / v:.2f} x" for k, v in rate.items() if k not in (best, "ours"))
+    work = f"{row['flops'] / 1e9:8.1f}{row['share']:7.1%}" if "flops" in row else " " * 15
+    return (
+        f"{row['method'] + (' ' + str(row['batch']) if row['method'] == 'generate' else ''):13}"
+        f"{rate['ours']:8.0f}{rate[best]:8.0f}{row['speed']:6.2f}x{row['speed_cpu']:6.2f}x"
+        f"{memory['ours'] / 1e6:8.1f}{memory[best] / 1e6:8.1f}{row['memory_ratio']:7.2f}{work}  {best} ({others})"
+    )
+
+
+def slope(xs, ys):
+    """The exponent e of y ~ x^e: least squares through the logarithms."""
+    xs, ys = [math.log(x) for x in xs], [math.log(y) for y in ys]
+    mean_x, mean_y = statistics.mean(xs), statistics.mean(ys)
+    return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys)) / sum((x - mean_x) ** 2 for x in xs)
+
+
+def grow(args):
+    """Time and memory of our LoRA step as one of batch, length and rank doubles."""
+    print(f"LoRA on {args.shape}: {'':10}{'batch':>8}{'length':>8}{'rank':>8}{'ms':>10}{'MB':>10}")
+    results = {}
+    for name, values in dict(batch=(1, 2, 4, 8), length=(64, 128, 256, 512), rank=(4, 16, 64, 256)).items():
+        points = []
+        for value in values:
+            batch, length, rank = (value if name == key else args.__dict__[key] for key in ("batch", "length", "rank"))
+            found = race({"ours": ("ours", "lora", args.shape, batch, length, rank, args.threads)}, args.steps)["ours"]
+            points.append((value, min(found["wall"]), found["memory"]))
+            print(f"{'':24}{batch:11}{length:8}{rank:8}{points[-1][1] * 1e3:10.1f}{points[-1][2] / 1e6:10.1f}")
+        xs, seconds, memory = zip(*points)
+        results[name] = dict(points=points, time=slope(xs, seconds), memory=slope(xs, memory))
+        print(f"over {name}: time grows with the power {slope(xs, seconds):.2f}, memory with {slope(xs, memory):.2f}")
+    return results
+
+
+def chart(rows, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    names = [row["method"] + (f" {row['batch']}" if row["method"] == "generate" else "") for row in rows]
+    for axis, key, title in (
+        (axes[0], "speed", "tokens per second, peer's best = 1"),
+        (axes[1], "memory_ratio", "peak memory above the weights, peer's best = 1"),
+    ):
+        bars = axis.bar(names, [row[key] for row in rows])
+        axis.bar_label(bars, fmt="%.2f")
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_title(f"{title} ({rows[0]['shape']})", fontsize=10)
+        axis.tick_params(axis="x", rotation=30)
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="gpt2")
+    parser.add_argument("--methods", nargs="+", choices=(*METHODS, "generate"), default=(*METHODS, "generate"))
+    parser.add_argument("--steps", type=int, default=10, help="rounds that count, after two that do not")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--growth", action="store_true", help="how time and memory of LoRA grow, instead")
+    parser.add_argument("--out", type=Path, help="a path without suffix: .json and .png are added")
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, {args.threads} threads, {args.shape}, bf16, {args.batch} x {args.length} tokens")
+    if args.growth:
+        rows = grow(args)
+    else:
+        # Measured inside one process: beside some seconds for torch, the difference of two would be lost in noise
+        code = "import time, torch; t = time.perf_counter(); import nanopeft.lora; print(time.perf_counter() - t)"
+        runs = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True) for _ in range(3)]
+        print(f"import nanopeft.lora, after torch: {min(float(run.stdout) for run in runs) * 1e3:.1f} ms\n{HEAD}")
+        rows = []
+        for method in args.methods:
+            for batch in (1, 4) if method == "generate" else (args.batch,):
+                rows.append(compare(method, args.shape, batch, args.rank, args))
+                print(line(rows[-1]), flush=True)
+        rate = max(row["matmul"] for row in rows)
+        print(f"share: of {rate / 1e9:.0f} GFLOP/s, this machine's bf16 product of {MATMUL} x {MATMUL} matrices")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+        if not args.growth:
+            chart(rows, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
