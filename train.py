@@ -27,7 +27,7 @@ import textwrap
 import time
 import traceback
 import zlib
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -678,7 +678,7 @@ def main():
             raise Failure(f"loss {loss}, gradient norm {norm} at step {run['step']}: try a smaller --lr; {left}")
 
     def train_step(batches, note):
-        """(loss, norm of the gradient) of one update. note: called between forward and backward."""
+        """(loss, norm of the gradient) of one update. note: called after each forward, and after backward."""
         total = sum((labels[:, 1:] != -100).sum().item() for _, labels in batches)
         loss = 0.0
         for ids, labels in batches:
@@ -689,11 +689,12 @@ def main():
             loss += part.item()
             if args.method == "fusion":
                 part = part + adapter.fusion_penalty(model) / args.accumulate / world
-            note()
+            note("forward")
             if engine is None:
                 (part * run["loss_scale"]).backward()
             else:
                 engine.backward(part)
+        note("backward")
         if engine is not None:
             return over_ranks(loss, device), engine.step(args.clip)
         gradients = [p.grad for p in params.values() if p.grad is not None]
@@ -704,27 +705,28 @@ def main():
         return loss, norm
 
     # The second step is measured: the optimizer's state is there
-    watched = run["step"] + 1 if engine is None and not args.compile else None
-    predicted, measured = {}, {}
+    watched = None if args.compile or args.fsdp else run["step"] + 1
+    predicted, measured, sent = {}, {}, {}
     while run["step"] < args.steps:
         step = run["step"]
         torch.manual_seed(args.seed * 1_000_003 + step)  # a step needs no random state but its own number
         batches = [train.sample(args.batch) for _ in range(args.accumulate)]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        with ExitStack() as watching:
-            note = list
-            if step == watched:
-                stored = [*model.parameters(), *model.buffers()]
-                states = [t for state in optimizer.state.values() for t in state.values()]
-                peak = watching.enter_context(memory.peak_bytes([*stored, *states], device))
-                saved = watching.enter_context(memory.saved_bytes(stored))
-                note = lambda: measured.setdefault("activations", saved())  # noqa: E731, B023
-            loss, norm = train_step(batches, note)
-        check(loss, norm)
-        if step == watched:
+        if step != watched:
+            loss, norm = train_step(batches, lambda when: None)
+        elif engine is None:
+            stored = [*model.parameters(), *model.buffers()]
+            states = [t for state in optimizer.state.values() for t in state.values()]
+            with memory.peak_bytes([*stored, *states], device) as peak, memory.saved_bytes(stored) as saved:
+                at = {"forward": lambda: measured.setdefault("activations", saved()), "backward": lambda: None}  # noqa: B023
+                loss, norm = train_step(batches, lambda when: at[when]())  # noqa: B023
             predicted = predict(model, args, batches[0][0].size(1))
             measured |= memory.measured_states(model, optimizer) | {"peak": peak()}
+        else:
+            with memory.sent_elements() as sent:
+                loss, norm = train_step(batches, lambda when: measured.update(memory.kept_by(engine)))  # noqa: B023
+        check(loss, norm)
         optimizer.zero_grad()
 
         # fp16 overflow: skip the step and halve the scale; after 1,000 clean steps try twice the scale again
@@ -780,6 +782,7 @@ def main():
         "tokens_per_second": run["tokens"] / run["training_seconds"], "peak_memory_bytes": peak,
         "seconds": run["seconds"] + time.time() - began, "skipped_steps": run["skipped"], "ranks": world,
         "predicted_bytes": predicted, "measured_bytes": measured,
+        "sent_elements": sent,
         "python": platform.python_version(), "torch": torch.__version__, "settings": run["settings"],
         "losses": run["losses"],
     }  # fmt: skip
@@ -799,9 +802,11 @@ def main():
     print(f"memory       {peak / 1e9:.2f} GB at the peak, base included")
     if run["skipped"]:
         print(f"skipped      {run['skipped']} steps, on which a gradient overflowed fp16")
-    for what, of in predicted.items():
-        where = f"{'memory of' if what == 'parameters' else '':12} {what:12}"
-        print(f"{where} predicted {of / 1e6:9.3f} MB, measured {measured[what] / 1e6:9.3f}")
+    for number, (what, size) in enumerate(measured.items()):
+        beside = f", {predicted[what] / 1e6:.3f} predicted" if predicted else ""
+        print(f"{'' if number else 'memory of':12} {what:12} {size / 1e6:9.3f} MB{beside}")
+    for number, (collective, size) in enumerate(sent.items()):
+        print(f"{'' if number else 'sent':12} {collective:12} {size:,.0f} elements in a step")
     print(f"files        {', '.join(str(out / f) for f in sorted(p.name for p in out.iterdir()))}")
 
 

@@ -53,6 +53,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 
 from nanopeft.zero import zero_bytes
 
@@ -373,6 +374,47 @@ def measured_states(model, optimizer):
         "gradients": sum(storages([p.grad for p in model.parameters()]).values()),
         "optimizer": sum(storages([t for state in optimizer.state.values() for t in state.values()]).values()),
     }
+
+
+def kept_by(engine):
+    """Bytes that this rank of a zero.ZeRO keeps, padding and what is offloaded included; between backward and step."""
+    model, flats = engine.model, engine.flats
+    own = storages([*model.parameters(), *model.buffers(), *(flat.shard for flat in flats)])
+    states = [t for state in engine.optimizer.state.values() for t in state.values()]
+    states = storages([*states, *(flat.master for flat in engine.trained)])
+    return {
+        "parameters": sum(own.values()),
+        "gradients": sum(storages([*(p.grad for p in model.parameters()), *(flat.grad for flat in flats)]).values()),
+        "optimizer": sum(size for at, size in states.items() if at not in own),  # an fp32 parameter is its own master
+    }
+
+
+@contextmanager
+def sent_elements():
+    """`with sent_elements() as sent: one step`: {collective: elements that this rank sends}; single numbers aside."""
+    sent, originals = Counter(), {}
+    world = dist.get_world_size()
+    # Of a tensor of n elements all but this rank's own share goes out, and what is gathered is the share itself
+    share = {
+        "all_reduce": 2 / world,
+        "all_to_all_single": 1 / world,
+        "reduce_scatter_tensor": 1 / world,
+        "all_gather": 1,
+    }
+    for name, part in share.items():
+        originals[name] = getattr(dist, name)
+
+        def counted(*tensors, name=name, part=part, **options):
+            n = tensors[-1].numel()
+            sent[name] += n * part * (world - 1) if n > 1 else 0
+            return originals[name](*tensors, **options)
+
+        setattr(dist, name, counted)
+    try:
+        yield sent
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
 
 
 class Saved:

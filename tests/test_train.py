@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanopeft import adamw, data, gpt
+from nanopeft import adamw, data, gpt, zero
 
 SCRIPT = Path(__file__).parent.parent / "train.py"
 RESULT_KEYS = {
@@ -378,6 +378,14 @@ def test_ranks_train_what_one_process_trains(monkeypatch, files, tmp_path, metho
         assert (value - second[key]).abs().max() <= 2e-5, key
     result = json.loads((tmp_path / "two" / "result.json").read_text())
     assert result["ranks"] == 2 and result["loss_after"] == pytest.approx(one["loss_after"], abs=1e-5)
+    if "zero" in share:  # an odd parameter is padded
+        n, stage = result["trained_parameters"], int(share[-1])
+        assert sum(result["sent_elements"].values()) == pytest.approx(
+            sum(zero.zero_traffic(n, 2, stage).values()), rel=0.01
+        )
+        kept, held = result["measured_bytes"], zero.zero_bytes(n, 2, stage, param_bytes=4, grad_bytes=4, k=8)
+        assert kept["optimizer"] == pytest.approx(held["optimizer"], rel=0.01)
+        assert kept["gradients"] == pytest.approx(held["gradients"], rel=0.01)
 
     script, parts = tmp_path / "stop.py", tmp_path / "parts"
     script.write_text(STOP_AT_THIRD)
