@@ -5,6 +5,7 @@ The longer forms: python tests/bench/kill.py --kills 100, and pytest -m slow tes
 """
 
 import copy
+import inspect
 import json
 import math
 import os
@@ -442,6 +443,29 @@ def test_hostile_numbers_cost_nothing(monkeypatch, tmp_path, capsys, kind, chang
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert end.value.code == 2 and last_line(capsys)
     assert seen.largest <= 1_000_000
+
+
+@pytest.mark.parametrize("part", [lora, adapter])
+def test_patterns_that_take_forever(part):
+    """A regular expression from a file that could be tried for years is refused unread; peft's usual ones are not."""
+    configs = {
+        lora: lambda targets: {"peft_type": "LORA", "target_modules": targets},
+        adapter: lambda targets: {
+            "peft_type": "BOTTLENECK_ADAPTER", "placement": "houlsby", "reduction": 2, "activation": "relu",
+            "target_modules": targets,
+        },
+    }  # fmt: skip
+    read = {lora: lora.lora_arguments, adapter: adapter.adapter_arguments}[part]
+    for pattern in ("(a+)+$", "(.*)*x", "(.|.)" * 40, ".?" * 40 + "x", ".*" * 30 + "x"):
+        with pytest.raises(part.Error, match="repeats"):
+            read(configs[part](pattern))
+    for pattern in (
+        "all-linear",
+        r".*\.(q_proj|k_proj|v_proj|o_proj)",
+        r"transformer\.h\.\d+\.(attn|mlp)\.c_(proj|fc)",
+    ):
+        assert read(configs[part](pattern))["targets"] == pattern
+    assert inspect.getsource(lora.takes_forever) == inspect.getsource(adapter.takes_forever)
 
 
 def test_huge_encoder_is_not_made(tmp_path):
