@@ -407,7 +407,7 @@ def adapter_arguments(config):
     if (reduction is None) == (bottleneck is None):
         raise Error(f"give one of reduction and bottleneck, not {reduction!r} and {bottleneck!r}")
     for size in (reduction, bottleneck):
-        if size is not None and (type(size) is not int or size < 1):
+        if size is not None and (type(size) is not int or not 1 <= size < 1 << 31):
             raise Error(f"reduction and bottleneck must be whole numbers above 0, not {size!r}")
     find_activation(activation)
     return arguments

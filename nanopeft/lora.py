@@ -139,7 +139,7 @@ def add_lora(model, targets="all-linear", *, r=8, alpha=16, dropout=0.0, ranks=N
     ranks = dict(ranks or {})
     if lora_layers(model):
         raise Error("the model has LoRA already: remove_lora(model) first")
-    if any(type(n) is not int or n < 1 for n in (r, *ranks.values())):
+    if any(type(n) is not int or not 1 <= n < 1 << 31 for n in (r, *ranks.values())):
         raise Error(f"a rank must be a whole number of at least 1: r={r}, ranks={ranks}")
     if not 0 <= dropout < 1 or not abs(alpha) <= torch.finfo(torch.float32).max:
         raise Error(f"dropout must be in [0, 1) and alpha finite, not {dropout} and {alpha}")
