@@ -5,8 +5,8 @@
     python tests/bench/step.py --growth --shape nano --out out/bench/growth       LoRA over batch, length and rank
 
 Random weights, random tokens, bf16, 4 x 256 tokens. Each side runs in a process of its own; they take turns step by
-step, so that other load on the machine hits each alike: only the ratios mean something. Seconds are those of the best
-round; beside them stand CPU seconds (median), which say more on a machine with other work. The peer is tried in several
+step, so that other load on the machine hits each alike: only the ratios mean something. Seconds are the best round's;
+on a machine with other work, --clock cpu counts those of the processor instead. The peer is tried in several
 configurations, and the fastest counts. Memory is the peak of the process's resident memory (VmHWM, Linux) above what
 it held when the model with its technique had run on a few tokens, and gradients and optimizer were not there.
 """
@@ -114,7 +114,7 @@ def resident(key):
 
 
 def work(pipe, side, method, shape, batch, length, rank, threads):
-    """One racer: sends when it is ready, then the seconds (wall, CPU) of each call asked for, then the peak."""
+    """One racer: sends when it is ready, the seconds (wall, CPU per thread) of each call asked for, and the peak."""
     from nanopeft import adamw
 
     warnings.simplefilter("ignore")  # peft's and transformers', of each other
@@ -172,7 +172,7 @@ def work(pipe, side, method, shape, batch, length, rank, threads):
     while pipe.recv() == "go":
         wall, cpu = time.perf_counter(), time.process_time()
         call()
-        pipe.send((time.perf_counter() - wall, time.process_time() - cpu))
+        pipe.send((time.perf_counter() - wall, (time.process_time() - cpu) / threads))
     trained = 0 if model is None else sum(p.numel() for p in model.parameters() if p.requires_grad)
     pipe.send(dict(memory=resident("VmHWM") - before, trained=trained))
 
@@ -225,14 +225,13 @@ def compare(method, shape, batch, rank, args):
     sides = ["ours", *PEERS] if method != "generate" else ["ours", "bf16", "bf16, fused gelu"]
     racers = {side: (side, method, *rest) for side in sides}
     found = race(racers | {"matmul": ("ours", "matmul", *rest)}, args.steps)
-    seconds = {side: min(found[side]["wall"]) for side in found}
+    seconds = {side: min(found[side][args.clock]) for side in found}
     best = min(sides[1:], key=seconds.get)
     tokens = batch * (NEW if method == "generate" else args.length)
-    cpu = [statistics.median(found[side]["cpu"]) for side in (best, "ours")]
     row = dict(
         method=method, shape=shape, batch=batch, best=best, tokens=tokens, trained=found["ours"]["trained"],
         seconds=seconds, tokens_per_second={side: tokens / seconds[side] for side in sides},
-        speed=seconds[best] / seconds["ours"], speed_cpu=cpu[0] / cpu[1],
+        speed=seconds[best] / seconds["ours"],
         memory={side: found[side]["memory"] for side in sides},
         memory_ratio=found["ours"]["memory"] / found[best]["memory"],
         matmul=2 * MATMUL**3 / seconds["matmul"], raw=found,
@@ -244,7 +243,7 @@ def compare(method, shape, batch, rank, args):
 
 
 HEAD = (
-    f"{'':13}{'tok/s':>8}{'peer':>8}{'speed':>7}{'CPU':>7}{'MB':>8}{'peer':>8}{'ratio':>7}{'GFLOP':>8}{'share':>7}"
+    f"{'':13}{'tok/s':>8}{'peer':>8}{'speed':>7}{'MB':>8}{'peer':>8}{'ratio':>7}{'GFLOP':>8}{'share':>7}"
     "  the peer's best, and the others' speed"
 )
 
@@ -255,7 +254,7 @@ def line(row):
     work = f"{row['flops'] / 1e9:8.1f}{row['share']:7.1%}" if "flops" in row else " " * 15
     return (
         f"{row['method'] + (' ' + str(row['batch']) if row['method'] == 'generate' else ''):13}"
-        f"{rate['ours']:8.0f}{rate[best]:8.0f}{row['speed']:6.2f}x{row['speed_cpu']:6.2f}x"
+        f"{rate['ours']:8.0f}{rate[best]:8.0f}{row['speed']:6.2f}x"
         f"{memory['ours'] / 1e6:8.1f}{memory[best] / 1e6:8.1f}{row['memory_ratio']:7.2f}{work}  {best} ({others})"
     )
 
@@ -276,7 +275,7 @@ def grow(args):
         for value in values:
             batch, length, rank = (value if name == key else args.__dict__[key] for key in ("batch", "length", "rank"))
             found = race({"ours": ("ours", "lora", args.shape, batch, length, rank, args.threads)}, args.steps)["ours"]
-            points.append((value, min(found["wall"]), found["memory"]))
+            points.append((value, min(found[args.clock]), found["memory"]))
             print(f"{'':24}{batch:11}{length:8}{rank:8}{points[-1][1] * 1e3:10.1f}{points[-1][2] / 1e6:10.1f}")
         xs, seconds, memory = zip(*points)
         results[name] = dict(points=points, time=slope(xs, seconds), memory=slope(xs, memory))
@@ -313,10 +312,12 @@ def main():
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--growth", action="store_true", help="how time and memory of LoRA grow, instead")
     parser.add_argument("--out", type=Path, help="a path without suffix: .json and .png are added")
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, {args.threads} threads, {args.shape}, bf16, {args.batch} x {args.length} tokens")
+    size = f"{args.batch} x {args.length} tokens"
+    print(f"torch {torch.__version__}, {args.threads} threads, {args.shape}, bf16, {size}, {args.clock} seconds")
     if args.growth:
         rows = grow(args)
     else:
