@@ -330,14 +330,13 @@ def peak(s):
     state = states(s)
     s.saved, s.gradients = total(activations(s)), total(state["gradients"])
     s.stays = total(state["parameters"] + state["optimizer"]) + (s.gradients if s.accumulate > 1 else 0)
-    # A chunk's logits and their log-softmax in fp32, which is made from 16 bits by way of an fp32 copy. From the second
-    # chunk on, the log-softmax before is there too: Python lets go of it when the new one takes its name. A trained
-    # head's gradient is summed in fp32, which it reaches from 16 bits by way of a copy as well.
+    # A chunk's logits and their gradient, and for a few rows at a time the log-softmax in fp32, which is made from 16
+    # bits by way of an fp32 copy. A trained head's gradient is summed in fp32: it gets there by way of a copy as well.
     s.R = min(max(256, (1 << 21) // s.V), s.B * (s.text - 1))
     s.R2 = min(s.R, s.B * (s.text - 1) - s.R)
+    s.F = min(s.R, max(1, (torch.get_num_threads() << 17) // s.V))
     copy, head = ("4" if s.e == 2 else "0"), ("V*d" if s.full else "0")
-    chunks = [f"R*V*(e + 4 + {copy})", f"R*V*(e + 4) + {head}*(e + {copy})"]
-    chunks += [f"R2*V*(e + 4 + {copy}) + R*V*4 + {head}*e"] if s.R2 else []
+    chunks = [f"2*R*V*e + F*V*(4 + {copy})", f"2*R*V*e + {head}*(e + {copy})"]
     moments = {
         "in the loss": {
             "logits of a chunk": f"max({', '.join(chunks)})",
