@@ -19,8 +19,8 @@ LoRA freezes 2 Ψ and trains little. 6B in 16 bits is 12 GB, and with a "little 
 layers of width 4096 (gpt-6b below, 11.71 GB), r = 8 on all linear layers, one row of 512 tokens:
     A, B, their gradients, m and v      16 bytes · 14.7 million        0.23 GB
     activations                         about 28 layers · 512 · 16 d · 2 bytes    1.92 GB
-    a chunk of logits, and other things of the moment                  0.13 GB    together 14.0 GB
-It is the activations, and they grow with the batch: with 4 rows the sum is 19.7 GB. Whole logits would be 0.05 GB in
+    a chunk of logits, and other things of the moment                  0.07 GB    together 13.9 GB
+It is the activations, and they grow with the batch: with 4 rows the sum is 19.6 GB. Whole logits would be 0.05 GB in
 16 bits, and several times that with their log-softmax and gradient in fp32.
 
 ZeRO on N devices divides the optimizer's states (stage 1), the gradients too (2), the parameters too (3): 7B on 8 takes

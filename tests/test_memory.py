@@ -234,12 +234,12 @@ def test_lora_of_6b_takes_about_14_gb():
     )
     # 16 d per token and layer in bf16: two norms' inputs and outputs, q, k, v, attention, GELU's input and output
     assert gb(step["activations"]) == pytest.approx(28 * 512 * 16 * 4096 * 2 / 1e9, rel=0.03)
-    assert gb(step["peak"]) == pytest.approx(14, abs=0.1)
-    for figure in ("11.71 GB", "0.23 GB", "1.92 GB", "19.7 GB"):
+    assert gb(step["peak"]) == pytest.approx(13.9, abs=0.05)
+    for figure in ("11.71 GB", "0.23 GB", "1.92 GB", "13.9 GB", "19.6 GB"):
         assert figure in memory.__doc__
     assert adapters / 1e9 == pytest.approx(0.23, abs=0.005)
     assert gb(step["activations"]) == pytest.approx(1.92, abs=0.005)
-    assert gb(memory.predict(config, "lora", "bf16", 4, 512)["peak"]) == pytest.approx(19.7, abs=0.05)
+    assert gb(memory.predict(config, "lora", "bf16", 4, 512)["peak"]) == pytest.approx(19.6, abs=0.05)
 
 
 def test_lora_by_size_alone_is_near_the_exact_shape():
