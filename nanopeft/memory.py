@@ -36,7 +36,7 @@ state; a Llama is counted as if written like our GPT. torch.compile keeps what i
 
 Letters: B rows, T tokens, n = B T; L layers, d width, w that of all heads' keys, f the MLP's, H heads, V vocabulary, P
 positions; e bytes of the run's type; r rank, m bottleneck, N adapters (or devices), p vectors of a prompt or prefix, h
-the width of what makes them; R rows in the first chunk of the loss, R2 in the second.
+the width of what makes them; R rows in the first chunk of the loss, R2 in the second, F of which are softmaxed at once.
 
 Papers: ZeRO, arXiv 1910.02054, section 3.1; activations, arXiv 2205.05198, section 4; QLoRA, arXiv 2305.14314.
 """
