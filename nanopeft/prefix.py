@@ -85,13 +85,19 @@ def empty_cache(model):
     return Cache()
 
 
+def cache_name(model):
+    """What the model calls its cache: past_key_values, or cache, as transformers 5.24 has it; None if it takes none."""
+    takes = inspect.signature(model.forward).parameters
+    return next((name for name in ("past_key_values", "cache") if name in takes), None)
+
+
 @torch.no_grad()
 def keys_and_values(model, ids):
     """What the model computes for the tokens `ids` (n,) at positions 0 to n - 1: (2 L, H, n, h)."""
     cache, modes = empty_cache(model), [(m, m.training) for m in model.modules()]
     model.eval()  # without dropout
     try:
-        model(input_ids=ids[None].to(embeddings(model).device), past_key_values=cache, use_cache=True)
+        model(input_ids=ids[None].to(embeddings(model).device), use_cache=True, **{cache_name(model): cache})
     except (AttributeError, IndexError, TypeError, ValueError) as error:  # say, a layer that keeps a state instead
         raise Error(f"{type(model).__name__} does not run on a cache of keys and values alone: {error!r}") from error
     finally:
@@ -127,7 +133,7 @@ class PrefixTuning(nn.Module):
         if any(isinstance(m, PrefixTuning) for m in model.modules()):
             raise Error("the model has a prefix already: wrap the model inside it, or ask for more tokens")
         takes = inspect.signature(model.forward).parameters
-        if "past_key_values" not in takes or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if cache_name(model) is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise Error(f"{type(model).__name__} is no causal LM that takes past_key_values")
         self.model, self.n_tokens, self.takes_positions = model, n_tokens, "position_ids" in takes
         self.check_room(n_tokens + 1)
@@ -211,8 +217,8 @@ class PrefixTuning(nn.Module):
         if position_ids is not None:
             options["position_ids"] = position_ids
         return self.model(
-            input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, past_key_values=cache,
-            **options,
+            input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
+            **{cache_name(self.model): cache}, **options,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -228,7 +234,7 @@ class PrefixTuning(nn.Module):
         cache = self.fill(empty_cache(self.model), len(input_ids) * max(times))
         mask = torch.cat((mask.new_ones(len(mask), self.n_tokens), mask), 1)
         return self.model.generate(
-            input_ids, attention_mask=mask, past_key_values=cache, max_new_tokens=max_new_tokens, **options
+            input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, **{cache_name(self.model): cache}, **options
         )
 
 

@@ -24,6 +24,7 @@ be merged. A prompt cannot be: inference has n more positions to compute, and a 
 Paper: prompt tuning, arXiv 2104.08691, section 2.
 """
 
+import inspect
 import math
 
 import torch
@@ -148,8 +149,11 @@ class PromptTuning(nn.Module):
             labels = join(labels.new_full((1, n), -100), labels, pads)
         if torch.is_tensor(options.get("logits_to_keep")):  # places in the input
             options["logits_to_keep"] = options["logits_to_keep"] + new - T
+        if past_key_values is not None:  # transformers renamed it in 5.24
+            renamed = "cache" in inspect.signature(self.model.forward).parameters
+            options["cache" if renamed else "past_key_values"] = past_key_values
         out = self.model(
-            inputs_embeds=x, attention_mask=mask, position_ids=position_ids, past_key_values=past_key_values,
+            inputs_embeds=x, attention_mask=mask, position_ids=position_ids,
             labels=labels, **options,
         )  # fmt: skip
         if out.logits is None:

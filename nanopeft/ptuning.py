@@ -25,6 +25,7 @@ block; LoRA can be merged. A prompt cannot be: inference has n more positions, a
 Paper: P-tuning, arXiv 2103.10385, section 3.
 """
 
+import inspect
 import math
 import re
 
@@ -133,7 +134,7 @@ class PTuning(nn.Module):
             raise Error(f"hidden and layers must be whole numbers of at least 1, not {hidden!r} and {layers!r}")
         if encoder == "mlp" and layers != 2:
             raise Error("layers are the LSTM's: leave it out with the mlp")
-        if pseudo_id is not None and not (type(pseudo_id) is int and 0 <= pseudo_id < 1 << 31):
+        if pseudo_id is not None and not (type(pseudo_id) is int and abs(pseudo_id) < 1 << 31):
             raise Error(f"pseudo_id must be a token id, not {pseudo_id!r}")
         config = getattr(model, "config", None)
         limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
@@ -220,8 +221,11 @@ class PTuning(nn.Module):
             labels = join(labels.new_full((1, n), -100), labels, pads)
         if torch.is_tensor(options.get("logits_to_keep")):  # places in the input
             options["logits_to_keep"] = options["logits_to_keep"] + new - T
+        if past_key_values is not None:  # transformers renamed it in 5.24
+            renamed = "cache" in inspect.signature(self.model.forward).parameters
+            options["cache" if renamed else "past_key_values"] = past_key_values
         out = self.model(
-            inputs_embeds=x, attention_mask=mask, position_ids=position_ids, past_key_values=past_key_values,
+            inputs_embeds=x, attention_mask=mask, position_ids=position_ids,
             labels=labels, **options,
         )  # fmt: skip
         if out.logits is None:
