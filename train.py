@@ -48,7 +48,7 @@ METHODS = {  # the options of each, and their defaults
     "adapter": {"lr": 5e-3, "placement": "pfeiffer", "reduction": 8},
     "fusion": {"lr": 1e-3, "adapters": None},
     "prefix": {"lr": 1e-1, "tokens": 20, "hidden": None},
-    "prompt": {"lr": 3e-2, "tokens": 20, "init": "vocabulary"},
+    "prompt": {"lr": 1e-1, "tokens": 20, "init": "vocabulary"},
     "ptuning": {"lr": 3e-3, "tokens": None, "encoder": "lstm", "template": None},
 }
 
