@@ -901,7 +901,8 @@ def plot_comparison(path, results, measure, task):
     for i, (name, r) in enumerate(results.items()):
         x, y, color = r["trained_parameters"], r[f"{measure}_after"], f"C{i}"
         left.scatter(x, y, color=color, zorder=3)
-        left.annotate(name, (x, y), textcoords="offset points", xytext=(0, 7), ha="center", color=color)
+        beside = (0, 7 if i % 2 else -15)  # above and below in turn: neighbours would write over one another
+        left.annotate(name, (x, y), textcoords="offset points", xytext=beside, ha="center", color=color)
         right.plot(range(1, len(r["losses"]) + 1), smooth(r["losses"]), color=color, label=name)
     left.axhline(results["full"][f"{measure}_before"], color="gray", linestyle="--", label="untouched base")
     unit = "nats per token of validation data" if measure == "loss" else "share of validation examples"
