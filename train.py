@@ -612,6 +612,7 @@ def main():
     if args.fsdp:
         build = lambda: attach(load_base(args.base, encoding, dtype, device), args, encoding, train)  # noqa: E731
         engine = FSDP(model, base.transformer.h, dtype, args.weight_decay, build, **settings)
+        params = engine.params  # the whole ones would stay in memory as long as they have a name
     elif args.zero is not None:
         settings |= {"stage": args.zero, "offload": args.offload, "blocks": base.transformer.h}
         engine = zero.ZeRO(model, adamw.AdamW, by_decay(params.values(), args.weight_decay), **settings)
