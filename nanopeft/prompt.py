@@ -152,10 +152,7 @@ class PromptTuning(nn.Module):
         if past_key_values is not None:  # transformers renamed it in 5.24
             renamed = "cache" in inspect.signature(self.model.forward).parameters
             options["cache" if renamed else "past_key_values"] = past_key_values
-        out = self.model(
-            inputs_embeds=x, attention_mask=mask, position_ids=position_ids,
-            labels=labels, **options,
-        )  # fmt: skip
+        out = self.model(inputs_embeds=x, attention_mask=mask, position_ids=position_ids, labels=labels, **options)
         if out.logits is None:
             return out
         logits = out.logits[:, -T:]
