@@ -561,6 +561,10 @@ def main():
     out = Path(args.out)
     began = time.time()
     torch.manual_seed(args.seed)
+    # MKL chooses each function's kernel in its first call; two threads that are both first can get a coarser one, and
+    # one run in fifteen then differed (pytorch issue 188792)
+    for function in (torch.exp, torch.sqrt, torch.tanh):  # the loss, AdamW, a prefix's MLP
+        function(torch.ones(1))
 
     # Ranks: the processes that torchrun started, which all come by here
     rank, world = 0, 1
