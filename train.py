@@ -852,8 +852,8 @@ def plot(path, losses, before, after, title):
 def compare(args, given):
     """--method all: each method in a process of its own, so that its peak of memory is its own; a table, a figure."""
     out = Path(args.out)
-    shared = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in given - {"method", "out"}]
-    shared = [flag.removesuffix("=True") for flag in sorted(shared)]
+    shared = {f"--{name.replace('_', '-')}": getattr(args, name) for name in sorted(given - {"method", "out"})}
+    shared = [flag if value is True else f"{flag}={value}" for flag, value in shared.items()]
     runs = {name: ["--method", name] for name in METHODS if name != "fusion"}
     runs["scratch"] = ["--method", "full", "--base", "scratch"]
     # A fusion is of adapters of several tasks: this one, and one more
@@ -862,16 +862,18 @@ def compare(args, given):
     runs["fusion"] = ["--method", "fusion", "--adapters", f"{out}/adapter", f"{out}/adapter-{other}"]
 
     results = {}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to pass it on
     for name, flags in runs.items():
         print(f"\n{name}", flush=True)
         command = [sys.executable, __file__, *shared, *flags, "--out", f"{out}/{name}"]
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # its report is in its result.json
         try:
             code = child.wait()
-        except KeyboardInterrupt:  # the child has it as well: it saves its state and ends
+        except KeyboardInterrupt:
+            child.terminate()  # it saves its state and ends
             code = child.wait()
         if code:
-            sys.exit(code)
+            sys.exit(max(code, 1))  # below 0: a signal ended it
         results[name] = json.loads((out / name / "result.json").read_text("utf-8"))
     del results[f"adapter-{other}"]
 

@@ -82,7 +82,7 @@ class ChunkedLoss(torch.autograd.Function):
                 for total, part in zip(gradients[1:], dw, strict=True):
                     if part is not None:
                         total += part
-            del logits, dz, z, d  # before the next chunk comes on top of them
+            logits = dz = z = d = dx = dw = part = None  # before the next chunk comes on top of them
         ctx.save_for_backward(*gradients)
         return loss
 

@@ -3,10 +3,10 @@
 
     OMP_NUM_THREADS=1 python tests/bench/kill.py --kills 100
 
-Each method trains a base of two small layers. SIGKILL and SIGTERM come in turn, at moments drawn over the whole run, so
-that some hit the start, some a save. A state is lost if --resume cannot read it, or if more steps than lie between two
-saves are gone. At the end of each method what was trained, its optimizer's state and every loss must be, bit for bit,
-those of a run that nobody killed.
+Each method trains a base of two small layers. SIGKILL and SIGTERM come in turn, at moments drawn over the whole run;
+every fourth waits from there for a save to begin. A state is lost if --resume cannot read it, or if more steps than lie
+between two saves are gone. At the end of each method what was trained, its optimizer's state and every loss must be,
+bit for bit, those of a run that nobody killed.
 """
 
 import argparse
@@ -124,12 +124,16 @@ def differences(found, expected):
     return [f"other than in a whole run: {', '.join(sorted(keys)[:5])}"] if keys else []
 
 
-def kill_once(files, out, flags, signal_number, delay):
+def kill_once(files, out, flags, signal_number, delay, in_save=False):
     """Runs or resumes, and kills after a delay: (steps lost, whether a save was cut off), or None if it had ended."""
-    before, count = state_step(out), Path(f"{out}.count")
+    before, count, saving = state_step(out), Path(f"{out}.count"), out / "state.safetensors.new"
     count.unlink(missing_ok=True)
+    if in_save:
+        saving.unlink(missing_ok=True)
     process = start(files, out, f"{flags} --resume")
     time.sleep(delay)
+    while in_save and process.is_alive() and not saving.exists():
+        pass
     with contextlib.suppress(ProcessLookupError):  # it has just ended
         os.kill(process.pid, signal_number)
     process.join()
@@ -140,7 +144,7 @@ def kill_once(files, out, flags, signal_number, delay):
     assert process.exitcode == -signal_number or stopped, log
     done = before + (count.stat().st_size if count.exists() else 0)
     lost = done - state_step(out)
-    return lost, (out / "state.safetensors.new").exists()
+    return lost, saving.exists()
 
 
 def main():
@@ -157,7 +161,7 @@ def main():
             out, share = files / method, args.kills * (i + 1) // len(METHODS)
             while kills < share:
                 number = (signal.SIGKILL, signal.SIGTERM)[kills % 2]
-                killed = kill_once(files, out, flags, number, draw.uniform(0, seconds))
+                killed = kill_once(files, out, flags, number, draw.uniform(0, seconds), in_save=kills % 4 == 0)
                 if killed is None:  # it had ended: the next kills hit a new run
                     problems += differences(kept(out), whole)
                     (out / "state.safetensors").unlink()
