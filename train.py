@@ -374,7 +374,8 @@ def sample(model, encoding, text, device, seed):
     torch.manual_seed(seed)
     ids = gpt.generate(model, ids, min(80, left), temperature=0.8, top_k=20, eos_token_id=encoding.eot_token)
     model.train()
-    return encoding.decode([i for i in ids[0].tolist() if i < encoding.n_vocab and i != encoding.eot_token])
+    words = [i for i in ids[0].tolist() if 0 <= i < encoding.n_vocab and i != encoding.eot_token]  # no slots
+    return encoding.decode(words)
 
 
 def predict(model, args, length):

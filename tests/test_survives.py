@@ -468,6 +468,16 @@ def test_patterns_that_take_forever(part):
     assert inspect.getsource(lora.takes_forever) == inspect.getsource(adapter.takes_forever)
 
 
+@pytest.mark.parametrize("pseudo_id", [-1, 3, 10**6])
+def test_slots_are_no_text(tmp_path, pseudo_id):
+    """Whatever number marks a template's slots, below the vocabulary or above it, a sample is written without them."""
+    make_adapters(tmp_path)
+    path = tmp_path / "template" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pseudo_id": pseudo_id}))
+    model, encoding = TRAIN["load_trained"](tmp_path / "template", torch.float32, CPU)
+    assert "ab" in TRAIN["sample"](model, encoding, "ab", CPU, 0)
+
+
 def test_huge_encoder_is_not_made(tmp_path):
     """P-tuning's file has no encoder: one that its config calls huge is not made, and the prompt loads all the same."""
     make_adapters(tmp_path)
