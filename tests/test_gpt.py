@@ -536,6 +536,34 @@ def test_sampling(temperature, top_k):
     assert ((share - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()  # five standard errors of a share
 
 
+@often
+@given(st.data())
+def test_few_rows_give_what_many_give(data):
+    """The layer that goes another way for few rows is x Wᵀ + b, forward and backward, and keeps the input's shape.
+
+    In bf16 a sum is rounded once, by at most 2^-8 of it, and with a bias once more.
+    """
+    shape = data.draw(st.sampled_from([(1, 1), (1, 2), (4, 1), (2, 3), (16, 1), (17, 1), (5,), (0, 3)]))
+    n_in, n_out, bias = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70)), data.draw(st.booleans())
+    dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float32]))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    layer = gpt.Linear(n_in, n_out, bias=bias).to(dtype)
+    x = torch.randn(*shape, n_in, dtype=dtype, requires_grad=True)
+    upper = torch.randn(*shape, n_out, dtype=dtype)
+    y = layer(x)
+    got = torch.autograd.grad(y, (x, *layer.parameters()), upper)
+
+    W, b, x64, u = (t.double() for t in (layer.weight, layer.bias if bias else torch.zeros(n_out), x, upper))
+    product, rows, u = x64 @ W.t(), x64.reshape(-1, n_in), u.reshape(-1, n_out)
+    # An fp32 sum of n terms is off by at most n 2^-24 of its terms' sizes
+    sums, last = max(n_in, n_out, len(rows)) * 2.0**-24, 2.0**-8 if dtype == torch.bfloat16 else 2.0**-24
+    bound = (sums + last) * (x64.abs() @ W.abs().t() + b.abs()) + last * product.abs()
+    assert y.shape == (*shape, n_out) and ((y - (product + b)).abs() <= bound + 1e-30).all()
+    expected = [(u @ W, u.abs() @ W.abs()), (u.t() @ rows, u.abs().t() @ rows.abs()), (u.sum(0), u.abs().sum(0))]
+    for g, (value, sizes) in zip(got, expected):
+        assert ((g.reshape(value.shape) - value).abs() <= 2 * (sums + last) * sizes + 1e-30).all()
+
+
 def test_generator_repeats():
     """The same generator state draws the same text, and the method is the function."""
     model, ids = tiny(), torch.randint(61, (4, 3))
