@@ -11,8 +11,8 @@ tells more where the machine has other work. peak: most resident memory during t
 before the model. anonymous: the resident memory without mapped files, after it. sent: what a rank sent in the step by
 the loopback interface's counter, over Ψ (N - 1)/N: 2 for stages 0 to 2, and 3 for stage 3.
 
-glibc keeps freed memory of up to 32 MB a piece, and so a peak would tell of its habits: blocks come and go in stage 3
-and in FSDP2. Here pieces above 1 MB go back to the system at once, for everyone.
+glibc keeps freed memory of up to 32 MB a piece, and so a peak tells of its habits: blocks come and go in stage 3 and in
+FSDP2. With --memory pieces above 1 MB go back to the system at once, for everyone, which takes time.
 """
 
 import argparse
@@ -137,6 +137,7 @@ def main():
     parser.add_argument("--only", default=",".join(RACERS))
     parser.add_argument("--micro-batches", type=int, default=1, help="forwards and backwards in a step")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--memory", action="store_true", help="let no freed memory count")
     parser.add_argument("--out", default="out/bench/zero", help="without its suffix")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -149,7 +150,7 @@ def main():
     print(f"{title}, {args.steps} steps, {args.rounds} rounds")
     print(f"{'':24} {'ms':>8} {'best':>8} {'cpu':>8} {'peak MB':>8} {'anon. MB':>8} {'sent':>6}", flush=True)
     found = {}
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"MALLOC_MMAP_THRESHOLD_": "1000000"} if args.memory else {})
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(args.rounds):
             for name in args.only.split(","):
