@@ -146,9 +146,11 @@ def test_disk_full(files, tmp_path, whole, method, n):
 
 def test_interrupted_before_the_first_step(monkeypatch, files, tmp_path, capsys):
     """Ctrl-C while the base is loaded ends in one line with exit code 1, and --resume then starts from the start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with monkeypatch.context() as patch:
         patch.setattr(gpt.GPT, "from_pretrained", lambda *_: signal.raise_signal(signal.SIGINT))
         assert train(patch, files, tmp_path / "o") == 1
+    signal.signal(signal.SIGINT, before)
     assert "--resume" in last_line(capsys) and not (tmp_path / "o").exists()
     assert train(monkeypatch, files, tmp_path / "o", "--resume") == 0
 
