@@ -5,7 +5,6 @@ The longer forms: python tests/bench/kill.py --kills 100, and pytest -m slow tes
 """
 
 import copy
-import inspect
 import json
 import math
 import os
@@ -467,7 +466,6 @@ def test_patterns_that_take_forever(part):
         r"transformer\.h\.\d+\.(attn|mlp)\.c_(proj|fc)",
     ):
         assert read(configs[part](pattern))["targets"] == pattern
-    assert inspect.getsource(lora.takes_forever) == inspect.getsource(adapter.takes_forever)
 
 
 @pytest.mark.parametrize("pseudo_id", [-1, 3, 10**6])

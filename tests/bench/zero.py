@@ -4,7 +4,7 @@
     python tests/bench/zero.py --shape gpt2 --rounds 3
 
 Each runs in processes of its own, in turn, one thread a rank: only the ratios mean something. Of several rounds the
-medians are shown, written as JSON and drawn. GPT-2's 124M shape takes about 2 GB a rank at the peak.
+medians are shown, written as JSON and drawn. GPT-2's 124M shape takes up to 2.7 GB a rank.
 
 ms: median step. best: the shortest. cpu: the least processor time of rank 0 in a step, gloo's threads included, which
 tells more where the machine has other work. peak: most resident memory during the last step, over what the process had
