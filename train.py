@@ -111,7 +111,7 @@ def arguments():
     add("--zero", type=int, help="under torchrun: ZeRO's stage, 0 to 3; each rank takes its share of every batch")
     add("--fsdp", action="store_true", help="under torchrun: PyTorch's own fully_shard instead of zero.py")
     add("--offload", choices=["cpu", "disk"], help="with --zero: where master copies and moments are kept")
-    add("--compile", action="store_true", help="torch.compile each decoder block")
+    add("--compile", action="store_true", help="torch.compile each decoder block, and AdamW")
     add("--save-every", type=int, default=100, help="steps from one saved state to the next (100)")
     add("--out", help="folder of the results (out/METHOD)")
     add("--resume", action="store_true", help="go on from the state in the folder of the results, if there is one")
@@ -619,11 +619,11 @@ def main():
         engine = FSDP(model, base.transformer.h, dtype, args.weight_decay, build, **settings)
         params = engine.params  # the whole ones would stay in memory as long as they have a name
     elif args.zero is not None:
-        settings |= {"stage": args.zero, "offload": args.offload, "blocks": base.transformer.h}
+        settings |= {"compile": args.compile, "stage": args.zero, "offload": args.offload, "blocks": base.transformer.h}
         engine = zero.ZeRO(model, adamw.AdamW, by_decay(params.values(), args.weight_decay), **settings)
     else:
         engine = None
-        optimizer = adamw.AdamW(by_decay(params.values(), args.weight_decay), **settings)
+        optimizer = adamw.AdamW(by_decay(params.values(), args.weight_decay), compile=args.compile, **settings)
     if engine is not None:
         optimizer = engine.optimizer
     # What a rank can use without the others

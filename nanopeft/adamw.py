@@ -24,6 +24,7 @@ master copy, which is what is updated and then rounded into θ: θ, g, master, m
 Papers: Adam, arXiv 1412.6980, algorithm 1; AdamW, arXiv 1711.05101, algorithm 2.
 """
 
+import functools
 import math
 
 import torch
@@ -35,9 +36,11 @@ class Error(ValueError):
     """Wrong use of AdamW; the message says what would be right."""
 
 
-def update(theta, g, m, v, t, grad_scale, lr, betas, eps, weight_decay, decoupled):
-    """Step number t of Adam(W), in place on θ, m and v, which have one type; g may be narrower."""
-    b1, b2 = betas
+def update(theta, g, m, v, rounded, grad_scale, lr, b1, b2, c1, c2, eps, weight_decay, decoupled):
+    """One step of Adam(W), in place on θ, m and v, which have one type. rounded: θ, or its copy in the type of g.
+
+    c1, c2: 1 - β1^t and √(1 - β2^t).
+    """
     g = g.to(theta.dtype)
     if grad_scale != 1:
         g = g * grad_scale
@@ -47,17 +50,29 @@ def update(theta, g, m, v, t, grad_scale, lr, betas, eps, weight_decay, decouple
         g = g.add(theta, alpha=weight_decay)  # Adam + L2: g = g + λ θ
     m.lerp_(g, 1 - b1)  # m = β1 m + (1 - β1) g
     v.mul_(b2).addcmul_(g, g, value=1 - b2)  # v = β2 v + (1 - β2) g²
-    c = math.sqrt(1 - b2**t)  # √(v / (1 - β2^t)) + ε = (√v + c ε) / c: dividing numbers, not tensors, by c
-    theta.addcdiv_(m, v.sqrt().add_(eps * c), value=-lr * c / (1 - b1**t))  # θ = θ - lr c / (1 - β1^t) · m / (√v + c ε)
+    # √v / c2 + ε = (√v + c2 ε) / c2: dividing numbers, not tensors, by c2
+    denominator, size = v.sqrt().add_(eps * c2), lr * c2 / c1
+    if torch.compiler.is_compiling():  # it takes `value` for a constant, and would compile again at each step
+        theta.sub_(m / denominator * size)
+    else:
+        theta.addcdiv_(m, denominator, value=-size)  # θ = θ - lr c2 / c1 · m / (√v + c2 ε)
+    if rounded.dtype != theta.dtype:
+        rounded.copy_(theta)
+
+
+@functools.cache
+def compiled_update():
+    """All of `update` in one loop: an element comes from memory once, and not once for each operation."""
+    return torch.compile(update)
 
 
 def chunks(*tensors):
     """Contiguous tensors of one size, cut alike: all operations on a piece but the first find it in the cache.
 
-    That halves the time of a step over whole tensors; a kernel with all operations in one loop would halve it again.
+    On GPT-2's 124M parameters a step takes 2.5 times as long as torch's fused kernel, and compiled 1.2 times.
     """
     size = CHUNK * (torch.get_num_threads() if tensors[0].is_cpu else 1024)  # a GPU: just to keep temporaries small
-    return zip(*(x.view(-1).split(size) for x in tensors)) if tensors[0].numel() > size else [tensors]
+    return zip(*(x.split(size) for x in tensors)) if tensors[0].numel() > size else [tensors]
 
 
 class AdamW(torch.optim.Optimizer):
@@ -65,10 +80,12 @@ class AdamW(torch.optim.Optimizer):
 
     All of them can be set for each parameter group. The master copy is made at the first step: from then on, what is
     written into a 16-bit parameter from outside is undone by the next step.
+    compile: torch.compile makes one loop of `update`, which needs a C++ compiler and some seconds at the first steps.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, decoupled=True):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decoupled=decoupled))
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, decoupled=True, compile=False):
+        settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decoupled=decoupled, compile=compile)
+        super().__init__(params, settings)
 
     def add_param_group(self, group):
         """As torch's, which calls it for the first groups too."""
@@ -90,7 +107,7 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "decoupled")}
+            (b1, b2), settings = group["betas"], [group[name] for name in ("eps", "weight_decay", "decoupled")]
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -107,10 +124,15 @@ class AdamW(torch.optim.Optimizer):
                 state["step"] += 1
                 whole = p.contiguous()  # p itself, or a copy of it if its strides are unusual
                 master = state.get("master", whole)
-                for theta, g, m, v, rounded in chunks(master, p.grad.contiguous(), state["m"], state["v"], whole):
-                    update(theta, g, m, v, state["step"], grad_scale, **settings)
-                    if master is not whole:
-                        rounded.copy_(theta)
+                theta, *rest = (x.view(-1) for x in (master, p.grad.contiguous(), state["m"], state["v"]))
+                tensors = theta, *rest, theta if master is whole else whole.view(-1)
+                c1, c2 = 1 - b1 ** state["step"], math.sqrt(1 - b2 ** state["step"])
+                numbers = grad_scale, group["lr"], b1, b2, c1, c2, *settings
+                if group["compile"] and p.numel() > CHUNK:
+                    compiled_update()(*tensors, *numbers)
+                else:
+                    for pieces in chunks(*tensors):
+                        update(*pieces, *numbers)
                 if whole is not p:
                     p.copy_(whole)
         return loss

@@ -5,6 +5,7 @@ import copy
 import io
 import math
 import runpy
+import shutil
 
 import pytest
 import torch
@@ -154,6 +155,28 @@ def test_any_strides(view, dtype, chunk, monkeypatch):
         one.step(), two.step()
     assert torch.equal(odd, plain) and not torch.equal(odd, before)
     assert (odd.stride(), odd.data_ptr()) == place
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled(dtype):
+    """compile=True gives the numbers of the plain loop, and compiles a few times, not for each lr, step or shape."""
+    torch._dynamo.reset()
+    shapes = [(3, adamw.CHUNK), (2, adamw.CHUNK + 1), (5,)]
+    plain, compiled = parameters(shapes, 0, dtype), parameters(shapes, 0, dtype)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    optimizers = AdamW(plain), AdamW(compiled, compile=True)
+    for step in range(12):
+        for params, optimizer in zip((plain, compiled), optimizers):
+            optimizer.param_groups[0]["lr"] = 1e-3 / (step + 1)
+            gradients(params, step)
+            optimizer.step(grad_scale=1 / (step + 1))
+    for a, b in zip(plain, compiled):
+        x, y = (o.state[p].get("master", p) for o, p in zip(optimizers, (a, b)))
+        # One rounding is 6e-8. Each of 12 steps has one on θ, and some ten on lr (1e-3) times a quotient of at most 3.2
+        assert (x - y).abs().le(12 * (6e-8 * x.abs() + 10 * 6e-8 * 3.2e-3)).all()
+        assert torch.equal(y.to(dtype), b)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 4
 
 
 def test_groups():

@@ -36,17 +36,19 @@ def race(title, shapes, rounds, repeats=1):
     racers = {
         "torch, fused": torch.optim.AdamW(params, fused=True),
         "ours": AdamW(params),
+        "ours, compiled": AdamW(params, compile=True),
         "torch, foreach": torch.optim.AdamW(params, foreach=True),
         "torch, loop": torch.optim.AdamW(params, foreach=False),
         "ours, bf16 + master": AdamW(narrow),
+        "the same, compiled": AdamW(narrow, compile=True),
     }
     times = {name: [] for name in racers}
-    for turn in range(rounds + 1):
+    for turn in range(rounds + 3):
         for name, optimizer in racers.items():
             start = time.perf_counter()
             for _ in range(repeats):
                 optimizer.step()
-            if turn:  # the first one allocates the state
+            if turn > 2:  # the first ones allocate the state and compile
                 times[name].append(1e3 * (time.perf_counter() - start) / repeats)
     print(f"\n{title}: {sum(p.numel() for p in params):,} parameters in {len(params)} tensors, {rounds} rounds")
     print(f"{'':20} {'best ms':>9} {'ratio':>6} {'median ms':>10} {'ratio':>6}")

@@ -168,7 +168,8 @@ def work(pipe, side, method, shape, batch, length, rank, threads):
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back
     if method not in ("matmul", "generate"):
-        optimizer = adamw.AdamW(trained) if side == "ours" else torch.optim.AdamW(trained, fused=True)
+        own = lambda: adamw.AdamW(trained, compile=method == "full")  # noqa: E731
+        optimizer = own() if side == "ours" else torch.optim.AdamW(trained, fused=True)
 
     pipe.send("ready")
     while pipe.recv() == "go":
