@@ -393,22 +393,26 @@ def sent_elements():
     """`with sent_elements() as sent: one step`: {collective: elements that this rank sends}; single numbers aside."""
     sent, originals = Counter(), {}
     world = dist.get_world_size()
-    # Of a tensor of n elements all but this rank's own share goes out, and what is gathered is the share itself
+    # Of a tensor of n elements all but this rank's own share goes out; on gloo all-gather is messages to the others
     share = {
-        "all_reduce": 2 / world,
-        "all_to_all_single": 1 / world,
-        "reduce_scatter_tensor": 1 / world,
-        "all_gather": 1,
+        "all_reduce": ("all_reduce", 2 * (world - 1) / world),
+        "all_to_all_single": ("reduce_scatter", (world - 1) / world),
+        "reduce_scatter_tensor": ("reduce_scatter", (world - 1) / world),
+        "reduce_scatter_single": ("reduce_scatter", (world - 1) / world),
+        "all_gather_into_tensor": ("all_gather", world - 1),  # it is given the share itself
+        "all_gather_single": ("all_gather", world - 1),
+        "isend": ("all_gather", 1),
     }
-    for name, part in share.items():
-        originals[name] = getattr(dist, name)
+    for function in [name for name in share if hasattr(dist, name)]:
+        originals[function] = getattr(dist, function)
 
-        def counted(*tensors, name=name, part=part, **options):
-            n = tensors[-1].numel()
-            sent[name] += n * part * (world - 1) if n > 1 else 0
-            return originals[name](*tensors, **options)
+        def counted(*arguments, function=function, **options):
+            n = [x for x in arguments if torch.is_tensor(x)][-1].numel()
+            name, part = share[function]
+            sent[name] += n * part if n > 1 else 0
+            return originals[function](*arguments, **options)
 
-        setattr(dist, name, counted)
+        setattr(dist, function, counted)
     try:
         yield sent
     finally:

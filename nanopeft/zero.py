@@ -41,7 +41,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-BUCKET = 1 << 18  # elements in a flat, unless one parameter has more; gradients leave flat by flat
+BUCKET = 1 << 20  # elements in a flat, unless one parameter has more; gradients leave flat by flat
 
 
 class Error(ValueError):
@@ -128,11 +128,18 @@ def sum_received(received, size):
 
 
 def all_gather(whole, shard):
-    """Starts to collect whole (N · shard,) from the shards of all ranks; gives what to wait for."""
+    """Starts to collect whole (N · shard,) from the shards of all ranks; gives what to wait for, in a list.
+
+    Gloo's own takes two to five times as long as a message from each to each.
+    """
     if whole.is_cuda:
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
-        return gather(whole, shard, async_op=True)
-    return dist.all_gather(list(whole.split(shard.numel())), shard, async_op=True)
+        return [gather(whole, shard, async_op=True)]
+    rank, parts = dist.get_rank(), whole.split(shard.numel())
+    if parts[rank].data_ptr() != shard.data_ptr():
+        parts[rank].copy_(shard)
+    others = [(peer, part) for peer, part in enumerate(parts) if peer != rank]
+    return [dist.isend(shard, peer) for peer, _ in others] + [dist.irecv(part, peer) for peer, part in others]
 
 
 def broadcast(tensor):
@@ -173,7 +180,7 @@ class Flat:
         for p, view in zip(params, self.views):
             p.data = view
         self.shard = self.mine(self.whole)
-        self.grad, self.work, self.waiting, self.held, self.mapped = None, None, set(), True, False
+        self.grad, self.works, self.waiting, self.held, self.mapped = None, [], set(), True, False
         if stage == 3:
             self.shard = self.shard.clone()
             self.free()
@@ -199,16 +206,20 @@ class Flat:
 
     def collect(self):
         """The bucket: gradients end to end, which are freed one by one; zeros where there is none."""
-        bucket = self.shard.new_zeros(self.world * self.size)
+        bucket = self.shard.new_empty(self.world * self.size)
+        bucket[sum(shape.numel() for shape in self.shapes) :].zero_()
         for p, view in zip(self.params, self.split(bucket)):
-            if p.grad is not None:
+            if p.grad is None:
+                view.zero_()
+            else:
                 view.copy_(p.grad)
                 p.grad = None
         return bucket
 
     def wait(self):
-        if self.work is not None:
-            self.work.wait()
+        for work in self.works:
+            work.wait()
+        self.works = []
 
     def fetch(self):
         """Stage 3: gives whole its memory and starts to fill it."""
@@ -216,7 +227,7 @@ class Flat:
             self.held = True
             # Only the storage comes and goes, so what autograd saved of these views is filled again as well
             self.whole.untyped_storage().resize_(self.whole.nbytes)
-            self.work = all_gather(self.whole, self.shard)
+            self.works = all_gather(self.whole, self.shard)
             for p, view in zip(self.params, self.views):
                 p.data = view
 
@@ -392,7 +403,7 @@ class ZeRO:
         if flat.master.data_ptr() != flat.shard.data_ptr():
             flat.shard.copy_(flat.master)
         if self.stage in (1, 2):
-            flat.work = all_gather(flat.whole, flat.shard)
+            flat.works = all_gather(flat.whole, flat.shard)
 
     # ------------------------------------------------------------------------------------- stage 3: parameters
 
@@ -472,7 +483,8 @@ class ZeRO:
                     whole = shard = x.to(flat.whole.device)
                     if self.stage > 0:
                         whole = shard.new_empty(flat.world * flat.size)
-                        all_gather(whole, shard).wait()
+                        for work in all_gather(whole, shard):
+                            work.wait()
                     parts = [part.to("cpu", copy=True) for part in flat.split(whole)]
                 else:
                     parts = [x.item() if torch.is_tensor(x) else x] * len(flat.names)

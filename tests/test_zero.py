@@ -251,7 +251,7 @@ def measure(kind, stage, dtype, offload):
 def counted():
     """{collective: elements that this rank sends}, numbers that go alone aside: they are norms and token counts."""
     sent = {"all_reduce": 0, "reduce_scatter": 0, "all_gather": 0}
-    real = dist.all_reduce, dist.all_to_all_single, dist.all_gather
+    real = dist.all_reduce, dist.all_to_all_single, dist.isend
     world = dist.get_world_size()
 
     def all_reduce(x, **how):
@@ -262,16 +262,17 @@ def counted():
         sent["reduce_scatter"] += x.numel() * (world - 1) // world
         return real[1](out, x, **how)
 
-    def all_gather(outs, x, **how):
-        sent["all_gather"] += x.numel() * (world - 1)
-        return real[2](outs, x, **how)
+    def isend(x, to):
+        sent["all_gather"] += x.numel()
+        return real[2](x, to)
 
     def refuse(*_, **__):
         raise AssertionError("a collective that is not counted")
 
-    names = dict(all_reduce=all_reduce, all_to_all_single=all_to_all_single, all_gather=all_gather)
+    names = dict(all_reduce=all_reduce, all_to_all_single=all_to_all_single, isend=isend)
     others = (
-        "broadcast reduce gather scatter all_to_all all_gather_into_tensor reduce_scatter reduce_scatter_tensor isend"
+        "broadcast reduce gather scatter all_to_all all_gather all_gather_into_tensor reduce_scatter "
+        "reduce_scatter_tensor send"
     )
     with mock.patch.multiple(dist, **names, **dict.fromkeys(others.split(), refuse)):
         yield sent
