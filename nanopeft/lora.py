@@ -16,7 +16,7 @@ dA = s Bᵀ dyᵀ x is zero as well, while dB = s dyᵀ (x Aᵀ) is not: the fir
 zero, both gradients would be, for ever. Which of them is zero is free; for embeddings it is A, as in the paper's code.
 
 Why α / r: so that α and the learning rate need not be tuned anew for each r (the paper, section 4.1). But a step η of
-gradient descent on B changes W by s dB A = -η s² (dyᵀ x) AᵀA, and AᵀA grows like r: at s = α / r the change shrinks
+gradient descent on B changes W by -η s dB A = -η s² (dyᵀ x) AᵀA, and AᵀA grows like r: at s = α / r the change shrinks
 as r grows, at s = α / √r it keeps its size. Hence rsLoRA, for large r.
 
 Where to put it: on any linear layer or embedding. The paper adapts attention alone, mostly q and v; QLoRA (section 4)
@@ -258,7 +258,10 @@ def unmerge_lora(model):
 
 
 def remove_lora(model):
-    """Puts the bare layers back, with their weights as they are: merge_lora first to keep what was learned."""
+    """Puts the bare layers back, with their weights as they are: merge_lora first to keep what was learned.
+
+    They stay frozen: model.requires_grad_(True) to train them.
+    """
     for name, layer in lora_layers(model).items():
         replace(model, name, layer.base_layer)
     if hasattr(model, "lora_config"):

@@ -24,10 +24,9 @@ It is the activations, and they grow with the batch: with 4 rows the sum is 19.6
 16 bits, and several times that with their log-softmax and gradient in fp32.
 
 ZeRO on N devices divides the optimizer's states (stage 1), the gradients too (2), the parameters too (3): 7B on 8 takes
-112, 38.5, 26.25, 14 GB. Stage 2 is 2Ψ + (2 + 12)Ψ/N; 2Ψ + 2Ψ + 12Ψ/N is stage 1. Memory falls with the stage, and
-speed too: "stage 0 < 1 < 2 < 3" ranks what is saved. Offloaded states are on the host, out of the sum; paged ones
-(QLoRA) move there only while another tensor needs the room: they ride out a peak and change no sum. The formulas are
-zero.py's.
+112, 38.5, 26.25, 14 GB. Stage 2 is 2Ψ + (2 + 12)Ψ/N; 2Ψ + 2Ψ + 12Ψ/N is stage 1. Memory falls with the stage; so does
+speed, in stage 3 and with offload. Offloaded states are on the host, out of the sum; paged ones (QLoRA) move there only
+while another tensor needs the room: they ride out a peak and change no sum. The formulas are zero.py's.
 
 Activations are what forward keeps for backward. A linear layer x Wᵀ keeps x for dW, and for dx only W: frozen it keeps
 nothing, but LoRA beside it keeps x for dA. Below the first trained parameter nothing is kept. For our GPT on a CPU this
@@ -102,7 +101,7 @@ def sizes_of(config):
         return n
 
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind == "gpt2":
+    if kind == "gpt2" and config.get("tie_word_embeddings", True):
         L, d, H, P = size("n_layer", 12), size("n_embd", 768), size("n_head", 12), size("n_positions", 1024)
         V, w, f = size("vocab_size", 50257), d, 4 * d if config.get("n_inner") is None else size("n_inner", 0)
         groups = [{"attn.c_attn": ("d", "3*d")}, {"attn.c_proj": ("d", "d")}]
@@ -113,12 +112,14 @@ def sizes_of(config):
         L, d, H = size("num_hidden_layers", 32), size("hidden_size", 4096), size("num_attention_heads", 32)
         V, P, f = size("vocab_size", 32000), size("max_position_embeddings", 2048), size("intermediate_size", 11008)
         w = d // H * size("num_key_value_heads", H)
+        if config.get("head_dim") not in (None, d // H):
+            raise Error(f"head_dim must be hidden_size / num_attention_heads = {d // H}, not {config['head_dim']!r}")
         groups = [{"q_proj": ("d", "d"), "k_proj": ("d", "w"), "v_proj": ("d", "w")}, {"o_proj": ("d", "d")}]
         groups += [{"gate_proj": ("d", "f"), "up_proj": ("d", "f")}, {"down_proj": ("f", "d")}]
         rest = {"token embedding": "V*d", "norms": "(2*L + 1)*d"}
         rest |= {} if config.get("tie_word_embeddings") else {"head": "V*d"}
     else:
-        raise Error("model_type must be gpt2, or llama without biases")
+        raise Error("model_type must be gpt2 with a tied head, or llama without biases")
     if d % H:
         raise Error(f"the heads must divide the width, and {H} do not divide {d}")
     linears = {name: sizes for group in groups for name, sizes in group.items()}  # {name: (in, out)}
@@ -348,7 +349,7 @@ def peak(s):
             "embedding's, by head and by input": f"{head}*e",
             "input's": "n*d*e",
         },
-        "in the optimizer": {"gradients": "gradients", "AdamW's chunks": f"3*4*{torch.get_num_threads() << 16}"},
+        "in the optimizer": {"gradients": "gradients", "AdamW's chunks": f"2*4*{torch.get_num_threads() << 16}"},
     }
     for when, parts in moments.items():
         early = {"activations": "saved"} if when in ("in the loss", "in backward") else {}
@@ -582,10 +583,10 @@ def main():
         parts = {"weights": inference(s)}
     else:
         s = run_of(s, args.method or "full", args.precision, args.batch, args.length, **args.settings)
-        letters = [x for x in "ΨLdwfHVPBTnermNph" if getattr(s, x, None)]
         parts = (
             states(s) | {"activations": activations(s), "peak": peak(s)} if args.method else {"weights": inference(s)}
         )
+        letters = [x for x in (*"ΨLdwfHVPBTnermNph", "R", "R2", "F") if getattr(s, x, None)]
         parts["beside it"] = items({"keys and values, to generate": "2*L*n*w*e", "logits, if held whole": "n*V*e"}, s)
     if args.json:
         parts = {

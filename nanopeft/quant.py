@@ -90,7 +90,7 @@ def value(bits, dtype):
 
 
 def largest_bits(dtype):
-    """The pattern above all finite ones: infinity's, or in e4m3fn that of 448, where torch's cast stops."""
+    """Where rounding stops: infinity's pattern, or in e4m3fn that of 448, its largest number, as in torch's cast."""
     exponent_bits, m, _ = format_of(dtype)
     return 2 ** (exponent_bits + m) - 2 if dtype == torch.float8_e4m3fn else (2**exponent_bits - 1) << m
 
@@ -115,14 +115,14 @@ def spacing(x, dtype):
 
 
 def round_to_bits(x, dtype):
-    """x, in fp32 or narrower, rounded to a format by hand: the bits of x.to(dtype), as int64. A NaN gives one of its.
+    """x, in fp32 or narrower, rounded to a format by hand: the bits of x.to(dtype), as int64. NaN gives a NaN.
 
     To the nearest, from halfway to the even one; above the largest to infinity, or in e4m3fn to 448 (torch 2.13).
     """
     exponent_bits, m, bias = format_of(dtype)
     size = x.double().abs().clamp(max=2.0**200)  # far above each format, and finite
     exponent = exponent_of(size, dtype)
-    count = torch.round(size / spacing(size, dtype))  # of gaps, below 2^(m+1); torch rounds half to even
+    count = torch.round(size / spacing(size, dtype))  # of gaps, at most 2^(m+1); torch rounds half to even
     # The field E = exponent + bias and the hidden 1 = 2^m gaps fall together: E · 2^m + (count - 2^m). If rounding
     # carries over to the next power of two, so does this sum; and a subnormal, exponent + bias = 1, is its count.
     bits = count + (exponent + bias - 1) * 2**m
@@ -165,6 +165,11 @@ def check_scale(scale):
         raise Error(f"scales are kept in fp32, not {scale.dtype}: cast a model before it is quantized, not after")
 
 
+def check_groups(scale, groups):
+    if len(scale) != len(groups):
+        raise Error(f"{len(scale)} scales do not fit {len(groups)} groups: give the `by` that it was quantized with")
+
+
 def check_block_size(block_size):
     if type(block_size) is not int or block_size < 2 or block_size % 2:
         raise Error(f"a block has an even number of weights, two in a byte, and 64 in the paper: not {block_size!r}")
@@ -189,6 +194,7 @@ def quantize_int8(x, by="row"):
 def dequantize_int8(q, scale, by="row", dtype=torch.float32):
     check_scale(scale)
     groups = in_groups(q, by)
+    check_groups(scale, groups)
     x = torch.empty(groups.shape, dtype=dtype, device=q.device)
     step = pieces(groups.size(1), q.device)
     wide = torch.promote_types(dtype, torch.float32)
@@ -213,7 +219,9 @@ def quantize_zero_point(x, by="row"):
 
 def dequantize_zero_point(q, scale, zero, by="row", dtype=torch.float32):
     wide = torch.promote_types(dtype, torch.float32)
-    x = (in_groups(q, by).to(wide) - zero) * scale
+    groups = in_groups(q, by)
+    check_groups(scale, groups)
+    x = (groups.to(wide) - zero) * scale
     return x.flatten()[: q.numel()].view(q.shape).to(dtype)
 
 

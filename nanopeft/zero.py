@@ -10,20 +10,21 @@
 Where 16 bytes come from: parameter 2 + gradient 2 + fp32 master copy, m and v of Adam 4 + 4 + 4. In an fp32 run the
 parameter is its own master copy: 4 + 4 + (4 + 4). Activations come on top, and are not what ZeRO divides.
 
-What a rank sends in a step, in elements, each times (N - 1)/N:
+What a rank sends in a step of one micro-batch, in elements, each times (N - 1)/N (of M: stage 2 (M + 1)Ψ, 3 3MΨ):
     stage 0   2Ψ   all-reduce of the gradients, which is a reduce-scatter (Ψ) and an all-gather (Ψ)
     stage 1   2Ψ   reduce-scatter: each rank gets the sum of its shard; Adam there; all-gather of the new parameters
-    stage 2   2Ψ   the same, but the gradients leave bucket by bucket while backward goes on, once per micro-batch
+    stage 2   2Ψ   the same, but the gradients leave bucket by bucket while backward goes on
     stage 3   3Ψ   each block's parameters all-gathered before its forward and again before its backward; reduce-scatter
 
-Memory falls with the stage, while speed falls too. Fastest first: stage 0, 1, 2, 2 + offload, 3, 3 + offload; least
-memory on the device first: 3 + offload, 3, 2 + offload, 2, 1, 0. The two are guides, not laws: stages 0 to 2 send the
-same, and stage 2 + offload keeps 2Ψ whatever N is, less than stage 3 on fewer than 8 ranks.
+Memory falls with the stage, and speed with offload and in stage 3. The usual orders are, fastest first: stage 0, 1, 2,
+2 + offload, 3, 3 + offload; least memory on the device first: 3 + offload, 3, 2 + offload, 2, 1, 0. They are no laws:
+stages 0 to 2 send the same, 1 and 2 update less on each rank, and stage 2 + offload keeps 2Ψ + 2Ψ/N, less than stage 3
+on fewer than 7 ranks.
 Offload keeps K on the host ("cpu"), where the update is done too, or in a mapped file ("disk", as in ZeRO-Infinity).
 
 Dimensions: Ψ parameters, N ranks. A flat holds parameters of one unit (a block; or the root: all that is in no block)
 end to end, with zeros up to a multiple of N; rank r owns its r-th part (shard), whatever parameter that cuts through.
-The layout is the same in all stages, and so is the sum: stages 1, 2 and 3 give the same bits.
+Stages 1, 2 and 3 have one layout and, with one micro-batch in a step, one order of sums: they give the same bits.
 Sharding is blind to where a parameter ends, so the optimizer must be element-wise: Adam and SGD are, Muon is not.
 
 Beside it: tensor parallelism divides the products themselves, and pipelines the layers; ZeRO divides only what is kept,
@@ -67,7 +68,8 @@ def zero_bytes(n_params, world, stage, *, param_bytes=2, grad_bytes=2, k=12, off
     """Bytes that a rank keeps at the end of backward; `offloaded` is not on the device.
 
     k: bytes of optimizer state; with Adam 12, or 8 if parameters in fp32 are updated in place. Frozen parameters have
-    grad_bytes=0, k=0. Exact for a flat, and for a sum of flats if n_params has their padding in it.
+    grad_bytes=0, k=0. Exact for a flat, and for a sum of flats if n_params has their padding in it, which the whole
+    gradients of stages 0 and 1 have not.
     """
     check(stage, offload)
     shard = shard_size(n_params, world)
@@ -253,8 +255,8 @@ class ZeRO:
 
     model: the same on every rank; rank 0's numbers are taken. optimizer: an element-wise torch optimizer's class.
     params: as for that class, with groups or without; all that require a gradient, if not given. settings: its own.
-    blocks: the model's modules that run one after the other, once each in forward. Stage 3 gathers them one at a time;
-    between passes no parameter has any element.
+    blocks: the model's modules that run one after the other, once each in forward. Stage 3 holds the one at work and
+    gathers the next; between passes no parameter has any element.
     """
 
     def __init__(self, model, optimizer, params=None, *, blocks, stage, offload=None, **settings):
@@ -408,7 +410,7 @@ class ZeRO:
     # ------------------------------------------------------------------------------------- stage 3: parameters
 
     def hook_units(self, me):
-        """A unit's parameters are gathered when its forward or its backward is about to start, and freed at the next's.
+        """A unit's parameters are sent for when the one before it starts, forward or backward, and freed after its own.
 
         The root is freed while the blocks run forward, and stays from the head on until the end of backward: its
         modules are the first and the last. If one of them contains the blocks or is inside one, it stays throughout.

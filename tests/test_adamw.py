@@ -4,8 +4,10 @@
 import copy
 import io
 import math
+import multiprocessing
 import runpy
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -157,14 +159,9 @@ def test_any_strides(view, dtype, chunk, monkeypatch):
     assert (odd.stride(), odd.data_ptr()) == place
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiled(dtype):
-    """compile=True gives the numbers of the plain loop, and compiles a few times, not for each lr, step or shape."""
-    torch._dynamo.reset()
+def compare_compiled(dtype):
     shapes = [(3, adamw.CHUNK), (2, adamw.CHUNK + 1), (5,)]
     plain, compiled = parameters(shapes, 0, dtype), parameters(shapes, 0, dtype)
-    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     optimizers = AdamW(plain), AdamW(compiled, compile=True)
     for step in range(12):
         for params, optimizer in zip((plain, compiled), optimizers):
@@ -176,7 +173,16 @@ def test_compiled(dtype):
         # One rounding is 6e-8. Each of 12 steps has one on θ, and some ten on lr (1e-3) times a quotient of at most 3.2
         assert (x - y).abs().le(12 * (6e-8 * x.abs() + 10 * 6e-8 * 3.2e-3)).all()
         assert torch.equal(y.to(dtype), b)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 4
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled(dtype):
+    """compile=True gives the numbers of the plain loop, and compiles a few times, not for each lr, step or shape."""
+    # In a process of its own: torch.compile leaves tensors without memory behind, which other tests would count
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(compare_compiled, dtype).result(timeout=300)
 
 
 def test_groups():
@@ -339,7 +345,7 @@ def test_refuses_a_state_that_does_not_fit(wrong):
     optimizer = (torch.optim.AdamW if wrong == "torch's" else AdamW)(saved)
     train(optimizer, saved, range(1))
     params = parameters([(3,)], 0, torch.bfloat16 if wrong == "no master" else dtype)
-    with pytest.raises(Error, match="the state of parameter 0 must be"):
+    with pytest.raises(Error, match="the state of parameter 0 must have"):
         AdamW(params).load_state_dict(optimizer.state_dict())
 
 

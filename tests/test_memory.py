@@ -405,7 +405,8 @@ def test_wrong_use_on_the_command_line():
     "config",
     [[], {}, {"model_type": "bert"}, {"model_type": "gpt2", "n_layer": 0}, {"model_type": "gpt2", "n_embd": "x"},
      {"model_type": "gpt2", "n_head": 7}, {"model_type": "llama", "hidden_size": 1 << 30},
-     {"model_type": "llama", "attention_bias": True}],
+     {"model_type": "llama", "attention_bias": True}, {"model_type": "llama", "head_dim": 64},
+     {"model_type": "gpt2", "tie_word_embeddings": False}],
 )  # fmt: skip
 def test_a_config_that_cannot_be_counted_is_refused(config, tmp_path):
     """A config.json of another model, or with sizes that cannot be, is refused, not counted."""

@@ -173,6 +173,16 @@ def test_int8_absmax_is_off_by_half_a_scale(x, by):
         assert torch.equal(quant.dequantize_int8(q, scale, by, dtype), decoded.float().to(dtype))
 
 
+@pytest.mark.parametrize("wrong", ["row", "tensor", 32])
+def test_scales_of_other_groups_are_refused(wrong):
+    """Decoding by other groups than those of the scales is refused: it would multiply by the wrong ones."""
+    x = torch.randn(6, 128)
+    with pytest.raises(quant.Error, match="scales do not fit"):
+        quant.dequantize_int8(*quant.quantize_int8(x, 64), wrong)
+    with pytest.raises(quant.Error, match="scales do not fit"):
+        quant.dequantize_zero_point(*quant.quantize_zero_point(x, 64), wrong)
+
+
 @settings(deadline=None, max_examples=100)
 @given(subnormals(), groupings)
 def test_int8_of_subnormals_is_finite(x, by):
