@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,6 +155,9 @@ def arguments():
         raise Error("--fsdp is for fp32 and bf16, and not for qlora: use --zero")
     if args.batch % world:
         raise Error(f"--batch {args.batch} cannot be shared by {world} processes: give a multiple of {world}")
+    compilers = os.environ.get("CXX", "g++"), "clang++", "cl"
+    if args.compile and args.device == "cpu" and not any(map(shutil.which, compilers)):
+        raise Error(f"--compile needs a C++ compiler, and none of {', '.join(compilers)} is there: leave it out")
     for name in ("lr", "weight_decay", "clip"):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) < math.inf:
             raise Error(f"--{name.replace('_', '-')} must be a finite number of at least 0, not {getattr(args, name)}")

@@ -362,6 +362,16 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
 
 
+def test_compile_without_a_compiler(monkeypatch, capsys):
+    """--compile where there is no C++ compiler is refused in one line, before anything is loaded."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--compile", "--device", "cpu"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    error = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and "needs a C++ compiler" in error and "\n" not in error
+
+
 @pytest.mark.parametrize("method, share", [("full", "--zero 3"), ("lora", "--zero 2"), ("full", "--fsdp")])
 def test_ranks_train_what_one_process_trains(monkeypatch, files, tmp_path, method, share):
     """Two ranks with ZeRO or FSDP, stopped and resumed, save the bits of two that were not, and one process's numbers.
