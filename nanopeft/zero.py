@@ -121,8 +121,6 @@ def send_bucket(bucket, size):
 def sum_received(received, size):
     """The shard's sum, from what is one sum already or one part from each rank."""
     first, *others = received.view(-1, size)  # (1, shard) or (N, shard)
-    if not others:
-        return first
     total = first.to(torch.promote_types(received.dtype, torch.float32), copy=True)
     for part in others:
         total += part  # in 32 bits or more, rounded once
@@ -211,11 +209,8 @@ class Flat:
         bucket = self.shard.new_empty(self.world * self.size)
         bucket[sum(shape.numel() for shape in self.shapes) :].zero_()
         for p, view in zip(self.params, self.split(bucket)):
-            if p.grad is None:
-                view.zero_()
-            else:
-                view.copy_(p.grad)
-                p.grad = None
+            view.zero_() if p.grad is None else view.copy_(p.grad)
+            p.grad = None
         return bucket
 
     def wait(self):
@@ -441,15 +436,12 @@ class ZeRO:
         self.at = 0 if first else unit or self.at  # the last block so far
         following = (self.at + 1 if self.forward else unit - 1) % (len(self.blocks) + 1)  # root, 1, 2, ..., root
         stay = {unit, following, 0 if self.root_stays or not self.forward else unit}
-        for flat in self.flats:
-            if flat.unit not in stay:
-                flat.free()
-        for flat in self.flats:
-            if flat.unit in (unit, following):
-                flat.fetch()
-        for flat in self.flats:
-            if flat.unit == unit:
-                flat.wait()
+        for flat in [flat for flat in self.flats if flat.unit not in stay]:
+            flat.free()
+        for flat in [flat for flat in self.flats if flat.unit in (unit, following)]:
+            flat.fetch()
+        for flat in [flat for flat in self.flats if flat.unit == unit]:
+            flat.wait()
 
     def free_all(self):
         for flat in self.flats:
@@ -532,12 +524,10 @@ def demonstrate(rank, world, path):
             engine.step()
         with engine.whole():
             weights[stage] = torch.cat([p.detach().flatten() for p in model.parameters()])
-        difference = (weights[stage] - weights[0]).abs().max()
+        away = (weights[stage] - weights[0]).abs().max()
         state = sum(2 * flat.master.numel() for flat in engine.flats)
         if rank == 0:
-            print(
-                f"    stage {stage}: {state} elements of m and v on each, {difference:.0e} from stage 0 after 5 steps"
-            )
+            print(f"    stage {stage}: {state} elements of m and v on each, {away:.0e} from stage 0 after 5 steps")
     dist.destroy_process_group()
 
 
