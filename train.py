@@ -9,8 +9,8 @@
     python train.py --generate out/lora --prompt "The import"   text from what was trained
     torchrun --nproc_per_node 2 train.py --method full --zero 2  two processes that share the optimizer and gradients
 
-A run leaves in out/METHOD/ the adapter in peft's format (full: a GPT-2 checkpoint), result.json, loss.png, and
-state.safetensors, from which --resume goes on.
+A run leaves in out/METHOD/ what was trained, in peft's format (adapter, fusion: in one like it, for peft lacks them;
+full: a GPT-2 checkpoint), result.json, loss.png, and state.safetensors, from which --resume goes on.
 
 Read it from main() on: data, base, method, evaluation, loop, evaluation, files, report.
 """
@@ -112,7 +112,7 @@ def arguments():
     add("--zero", type=int, help="under torchrun: ZeRO's stage, 0 to 3; each rank takes its share of every batch")
     add("--fsdp", action="store_true", help="under torchrun: PyTorch's own fully_shard instead of zero.py")
     add("--offload", choices=["cpu", "disk"], help="with --zero: where master copies and moments are kept")
-    add("--compile", action="store_true", help="torch.compile each decoder block, and AdamW")
+    add("--compile", action="store_true", help="torch.compile each decoder block, and AdamW (not --fsdp's)")
     add("--save-every", type=int, default=100, help="steps from one saved state to the next (100)")
     add("--out", help="folder of the results (out/METHOD)")
     add("--resume", action="store_true", help="go on from the state in the folder of the results, if there is one")
@@ -155,13 +155,19 @@ def arguments():
         raise Error("--fsdp is for fp32 and bf16, and not for qlora: use --zero")
     if args.batch % world:
         raise Error(f"--batch {args.batch} cannot be shared by {world} processes: give a multiple of {world}")
-    compilers = os.environ.get("CXX", "g++"), "clang++", "cl"
-    if args.compile and args.device == "cpu" and not any(map(shutil.which, compilers)):
-        raise Error(f"--compile needs a C++ compiler, and none of {', '.join(compilers)} is there: leave it out")
+    compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
+    if args.compile and args.device == "cpu" and not shutil.which(compiler):
+        raise Error(f"--compile needs a C++ compiler, and {compiler} is not there: set CXX to one, or leave it out")
+    if not 0 <= args.seed < 1 << 40:
+        raise Error(f"--seed must be from 0 to 2^40 - 1, not {args.seed}")
     for name in ("lr", "weight_decay", "clip"):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) < math.inf:
             raise Error(f"--{name.replace('_', '-')} must be a finite number of at least 0, not {getattr(args, name)}")
+    if shares and args.device.startswith("cuda:"):
+        raise Error(f"each process takes a GPU of its own: --device cuda, not {args.device}")
     try:  # one product: is there such a device, and does it have this type?
+        if shares and args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         one = torch.ones(1, 1, dtype=DTYPES[args.precision], device=args.device)
         (one @ one).item()
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
@@ -211,7 +217,9 @@ def attach(model, args, encoding, train):
         return prefix.PrefixTuning(model, args.tokens, hidden=args.hidden)
     if args.method == "prompt":
         init = args.init
-        if init == "labels" and isinstance(train, data.Examples):
+        if init == "labels":
+            if isinstance(train, data.Text):
+                raise Error(f"--init labels needs completions, and {args.data} has none: use modules or a .jsonl file")
             init = [i for text in sorted({tuple(c) for _, c in train.items}) for i in text if i != train.pad]
         elif init not in ("random", "vocabulary"):
             init = encoding.encode_ordinary(init)
@@ -222,7 +230,7 @@ def attach(model, args, encoding, train):
 
 
 def trained_files(model, method):
-    """(state, config): what was trained, in peft's format."""
+    """(state, config): what was trained, in peft's format or, for what peft lacks, in one like it."""
     if method in ("lora", "qlora"):
         return lora.lora_state_dict(model), lora.lora_config(model)
     if method == "adapter":
@@ -307,10 +315,11 @@ def load_trained(folder, dtype, device):
 
 
 def fill(model, ids, encoding):
-    """A prompt's token ids, end-of-text first, with the text and the slots of P-tuning's template around it."""
+    """A prompt's token ids, with the text and the slots of P-tuning's template around it, after the end-of-text."""
     if getattr(model, "template", None) is None:
         return ids
-    return [*ids[:1], *model.fill(ids[1:], encoding.encode_ordinary)]
+    start = ids[:1] if ids[:1] == [encoding.eot_token] else []  # a prompt that was cut has lost it
+    return [*start, *model.fill(ids[len(start) :], encoding.encode_ordinary)]
 
 
 def room(model):
@@ -416,10 +425,10 @@ def in_use(device):
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         now, peak = (int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back
-    except OSError:  # macOS tells the peak of the whole run only
+    except (OSError, KeyError):  # the peak of the whole run; macOS tells bytes, others kilobytes
         import resource
 
-        now = peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        now = peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return now, peak
 
 
@@ -575,8 +584,7 @@ def main():
     rank, world = 0, 1
     if args.zero is not None or args.fsdp:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+            device = torch.device("cuda", torch.cuda.current_device())
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=600))
         rank, world = dist.get_rank(), dist.get_world_size()
     say = print if rank == 0 else lambda *_: None
@@ -633,14 +641,22 @@ def main():
     # What a rank can use without the others
     whole = (lambda: nullcontext(model)) if engine is None else engine.whole
 
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Error(f"--out {out} cannot be a folder: {error}") from None
+
     # Before, or where an earlier run stopped
     run = {"step": 0, "updates": 0, "losses": [], "tokens": 0, "seconds": 0.0, "training_seconds": 0.0, "peak": 0}
     run |= {"loss_scale": 2.0**16 if args.precision == "fp16" else 1.0, "clean": 0, "skipped": 0}
     # These change no result
-    free = ("out", "resume", "save_every", "generate", "prompt", "zero", "offload", "fsdp", "debug")
+    free = ("out", "resume", "save_every", "generate", "zero", "offload", "fsdp", "debug")
     run["settings"] = {k: v for k, v in vars(args).items() if k not in free}
     state = out / "state.safetensors"
-    if args.resume and state.is_file():
+    there = over_ranks(int(args.resume and state.is_file()), device)
+    if there not in (0, world):
+        raise Error(f"{state} is there for {there:.0f} of {world} processes: --out must be on a disk that all can read")
+    if there:
         run = load_state(state, run["settings"], params, shapes, optimizer, engine)
         say(f"going on from step {run['step']} of {state}")
         if run["world"] != world:
@@ -655,11 +671,6 @@ def main():
     run["world"] = world
     say(f"{args.method}, {args.precision}, {device}: {args.base} learns {args.data}")
     say(f"{trained:,} of {total:,} parameters are trained; state saved every {args.save_every} steps to {state}")
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Error(f"--out {out} cannot be a folder: {error}") from None
 
     # Loop. Ctrl-C and SIGTERM end it after the step that is under way
     stopped = []
@@ -860,7 +871,8 @@ def compare(args, given):
     shared = {f"--{name.replace('_', '-')}": getattr(args, name) for name in sorted(given - {"method", "out"})}
     shared = [flag if value is True else f"{flag}={value}" for flag, value in shared.items()]
     runs = {name: ["--method", name] for name in METHODS if name != "fusion"}
-    runs["scratch"] = ["--method", "full", "--base", "scratch"]
+    if args.base not in gpt.HUB:  # scratch has nano's shape and tokenizer: beside GPT-2's its nats mean something else
+        runs["scratch"] = ["--method", "full", "--base", "scratch"]
     # A fusion is of adapters of several tasks: this one, and one more
     other = "reference" if args.data == "modules" else "modules"
     runs[f"adapter-{other}"] = ["--method", "adapter", "--data", other]
@@ -876,7 +888,7 @@ def compare(args, given):
             code = child.wait()
         except KeyboardInterrupt:
             child.terminate()  # it saves its state and ends
-            code = child.wait()
+            code = child.wait() or 1  # 0: it was at its last step
         if code:
             sys.exit(max(code, 1))  # below 0: a signal ended it
         results[name] = json.loads((out / name / "result.json").read_text("utf-8"))

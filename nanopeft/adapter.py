@@ -149,7 +149,7 @@ def add_adapter(model, targets=None, *, placement="houlsby", reduction=None, bot
     config = {
         "peft_type": "BOTTLENECK_ADAPTER", "task_type": "CAUSAL_LM", "placement": placement,
         "target_modules": targets if isinstance(targets, str) else list(targets),
-        "reduction": 16 if reduction is bottleneck is None else reduction, "bottleneck": bottleneck,
+        "reduction": 16 if reduction is None and bottleneck is None else reduction, "bottleneck": bottleneck,
         "activation": activation, "inference_mode": True,
     }  # fmt: skip
     wrap(model, new_adapters(model, **adapter_arguments(config)))
@@ -296,7 +296,10 @@ def adapter_layers(model, kind=(Adapter, Fusion)):
 
 
 def remove_adapter(model):
-    """Puts the bare layers back, from under adapters or a fusion: the model is the base again."""
+    """Puts the bare layers back, from under adapters or a fusion: the model computes what the base does.
+
+    They stay frozen: model.requires_grad_(True) to train them.
+    """
     for name, layer in adapter_layers(model).items():
         replace(model, name, layer.base_layer)
     for config in ("adapter_config", "fusion_config"):
@@ -403,7 +406,7 @@ def adapter_arguments(config):
     if type(targets) not in (str, list) or not all(isinstance(t, str) for t in targets):
         raise Error(f"target_modules must be a string or a list of strings, not {targets!r}")
     if isinstance(targets, str) and takes_forever(targets):
-        raise Error(f"target_modules {targets!r} has too many repeats, or repeats a group: list the names")
+        raise Error(f"target_modules {targets!r} has too many repeats or choices, or repeats a group: list the names")
     if (reduction is None) == (bottleneck is None):
         raise Error(f"give one of reduction and bottleneck, not {reduction!r} and {bottleneck!r}")
     for size in (reduction, bottleneck):

@@ -7,7 +7,7 @@
     x.txt       one text; its last tenth is held out
     x.jsonl     one {"prompt": ..., "completion": ...} a line; the loss is on the completion and the end of text
 
-Everything is split into training and validation by document or file, never by token.
+Training and validation are split by file, topic or line, and a .txt at one place; never token by token.
 Dimensions: B examples a batch, T tokens an example.
 """
 
@@ -97,8 +97,12 @@ def save_tokenizer(encoding, folder):
             merges.append(f"{text[parts[0]]} {text[parts[1]]}")
     vocab = {text[token]: rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocab | {ENDOFTEXT: encoding.eot_token}, ensure_ascii=False), "utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), "utf-8")
+    vocab |= {ENDOFTEXT: encoding.eot_token}
+    lines = ["#version: 0.2", *merges, ""]
+    files = {"vocab.json": json.dumps(vocab, ensure_ascii=False), "merges.txt": "\n".join(lines)}
+    for name, content in files.items():
+        (folder / f"{name}.new").write_text(content, "utf-8")
+        os.replace(folder / f"{name}.new", folder / name)  # whole or not at all
 
 
 def train_tokenizer(texts, vocab_size):
@@ -194,8 +198,8 @@ def modules():
 
 
 def top_functions(source):
-    """The source of every function and method of three lines or more that is not inside another function."""
-    lines, found, stack = source.splitlines(), [], [ast.parse(source)]
+    """The source of functions and methods of three lines or more, at the top level or under class, if or try."""
+    lines, found, stack = source.split("\n"), [], [ast.parse(source)]  # splitlines would count form feeds as well
     while stack:
         for node in ast.iter_child_nodes(stack.pop()):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -216,8 +220,9 @@ class Text:
         tokens = [encoding.eot_token]
         for ids in encoding.encode_ordinary_batch(texts):
             tokens += [*ids, encoding.eot_token]
-        if len(tokens) < length + 1:
-            raise Error(f"{len(tokens)} tokens of text are fewer than a block of {length} and one: give a longer text")
+        if len(tokens) < length:
+            what = f"{len(tokens)} tokens, in training or in validation, are fewer than the {length} of an example"
+            raise Error(f"{what}: give a longer text, or a smaller --length")
         self.tokens, self.length, self.encoding, self.cut = torch.tensor(tokens), length, encoding, 0
 
     def sample(self, size):
@@ -251,7 +256,8 @@ class Text:
 class Examples:
     """(prompt, completion) pairs; the loss is on the completion and the end of text after it.
 
-    Of an example with more than `length` tokens, the end of the prompt is kept; `cut` counts them.
+    Of an example with more than `length` tokens, the end of the prompt is kept, and of a completion that fills it alone
+    the beginning, after one token of the prompt; `cut` counts them.
     """
 
     def __init__(self, pairs, encoding, length):
@@ -365,6 +371,8 @@ def split_pairs(text, path):
         raise Error(f"{path} has one example; two are the least, to train and to validate")
     pairs = [pair[1:] for pair in sorted(pairs)]
     held_out = max(1, len(pairs) // 10)
+    while held_out < len(pairs) - 1 and pairs[held_out] == pairs[held_out - 1]:
+        held_out += 1
     return pairs[held_out:], pairs[:held_out]
 
 

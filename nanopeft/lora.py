@@ -369,7 +369,8 @@ def lora_arguments(config):
             raise Error(f"adapter_config.json: {key} cannot be {arguments[argument]!r}")
     for pattern in (arguments["targets"], *arguments["ranks"]):
         if isinstance(pattern, str) and takes_forever(pattern):
-            raise Error(f"adapter_config.json: {pattern!r} has too many repeats, or repeats a group: list the names")
+            message = "has too many repeats or choices, or repeats a group: list the names"
+            raise Error(f"adapter_config.json: {pattern!r} {message}")
     return arguments
 
 

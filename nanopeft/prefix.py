@@ -2,7 +2,7 @@
 """Prefix-tuning: a frozen model attends to n more keys and values in every layer, and these are what learns.
 
     y = softmax(q [P_K ; K]ᵀ / √h) [P_V ; V]      q, K, V as the frozen layer computes them from the T real tokens
-    P = W₂ tanh(W₁ E + b₁) + b₂                   while training, with hidden=m; fold_prefix keeps P, drops the rest
+    P = tanh(E W₁ᵀ + b₁) W₂ᵀ + b₂                 while training, with hidden=m; fold_prefix keeps P, drops the rest
 
 Dimensions: B batch, T tokens, L layers, H heads of keys and values (fewer than the queries' where they are grouped),
 h head dim, w = H h; P (n, 2 L w), per token: layer 0's key, layer 0's value, layer 1's key, ... E (n, w), W₁ (m, w),
@@ -23,7 +23,7 @@ W₂ and b₂ are solved for that start; the paper's code fits them by some hund
 Beside its sisters: LoRA can be merged and costs nothing later; adapters compute in sequence in every block; prompt
 tuning trains n embeddings before the input, P-tuning embeddings anywhere in it, made by an encoder: both act on the
 input alone, and reach the keys and values of higher layers only through the lower ones. A prefix acts on each layer
-directly; at inference it costs n more keys per layer and n positions, and no matrix product.
+directly; at inference attention has n more keys and values in each, the context is n shorter, and no layer is added.
 
 Papers: prefix-tuning, arXiv 2101.00190, eq. 3 and section 4.3 (MLP); P-tuning v2, arXiv 2110.07602, section 3.2.
 """
@@ -45,10 +45,10 @@ class Error(ValueError):
 
 @torch.no_grad()
 def fit_last_layer(mlp, E, P):
-    """Moves W₂ and b₂ as little as makes MLP(E) = P (n, 2 L w): exactly if n <= m, else by least squares."""
+    """Makes MLP(E) = P (n, 2 L w), by b₂ and the least change of W₂: exactly if n <= m, else as near as can be."""
     # What the tokens share goes to b₂: carried by W₂ it would be lost as soon as the tanh's move
     mlp[2].bias += (P - mlp(E)).mean(0)
-    # W₂ᵀ += H⁺ (P - MLP(E))  with H = tanh(W₁ E + b₁)
+    # W₂ᵀ += A⁺ (P - MLP(E))  with A = tanh(E W₁ᵀ + b₁)  (n, m)
     mlp[2].weight += (torch.linalg.pinv(mlp[:2](E)) @ (P - mlp(E))).t()
 
 

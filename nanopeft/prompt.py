@@ -10,9 +10,9 @@ gradient comes down through the whole model, though: a step costs the forward pa
 that is not for weights, on n more tokens.
 
 Where P starts matters on a small model. Words are what the model can read: hence tokens drawn from the vocabulary, a
-text, or the labels that a classification is to write. To the paper all starts were the same at 11 billion parameters,
-and as good as full fine-tuning; below, each is behind it. Learning rates are large, 0.03 to 0.3: nothing holds P near
-the words, and prompts that were released lie far from all of them.
+text, or the labels that a classification is to write. In the paper the start no longer matters at 11 billion
+parameters, where prompt tuning is as good as full fine-tuning; in smaller models it is behind. Learning rates are
+large, 0.03 to 0.3, and P does not stay near the words: prompts that were released lie far from all of them.
 
 Pads on the left stay there: [pads ; P ; E[ids]], with positions counted from P on. A padded row gives what it gives
 alone.
@@ -168,6 +168,9 @@ class PromptTuning(nn.Module):
             return type(self.model).generate(self, input_ids, max_new_tokens, attention_mask=attention_mask, **options)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         x, mask, _ = self.insert(self.model.get_input_embeddings()(input_ids), mask)
+        end = int(mask.sum(1).max()) + max_new_tokens - 1  # the last token is not read
+        if end > self.limit:
+            raise Error(f"the input and {max_new_tokens} new tokens need {end} positions; the model has {self.limit}")
         return self.model.generate(
             input_ids=input_ids, inputs_embeds=x, attention_mask=mask, max_new_tokens=max_new_tokens, **options
         )

@@ -43,6 +43,7 @@ class Error(ValueError):
 def fill_template(template, source_ids, encode, pseudo_id):
     """Token ids of a template: pseudo_id for each [P], source_ids for {source}, encode(text) for the text between.
 
+    encode adds no special tokens: lambda text: tokenizer.encode(text, add_special_tokens=False) in transformers.
     The text is taken as it stands, spaces too: "[P] {source}" has a space for an anchor.
     """
     if template.count("{source}") != 1:
@@ -160,7 +161,11 @@ class PTuning(nn.Module):
 
     def prompt(self):
         """H, the vectors of the slots, (n, d)."""
-        return self.prompt_embeddings if self.encoder is None else self.encoder()
+        if self.encoder is None:
+            return self.prompt_embeddings
+        kind = self.device.type if self.device.type != "meta" else "cpu"  # shapes alone have no autocast
+        with torch.autocast(kind, enabled=False):  # in full precision, as it is folded
+            return self.encoder()
 
     def fill(self, source_ids, encode):
         """A row's token ids, by the template."""
@@ -240,6 +245,9 @@ class PTuning(nn.Module):
             return type(self.model).generate(self, input_ids, max_new_tokens, attention_mask=attention_mask, **options)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         x, mask, _ = self.insert(input_ids, None, mask)
+        end = int(mask.sum(1).max()) + max_new_tokens - 1  # the last token is not read
+        if end > self.limit:
+            raise Error(f"the input and {max_new_tokens} new tokens need {end} positions; the model has {self.limit}")
         return self.model.generate(
             input_ids=input_ids, inputs_embeds=x, attention_mask=mask, max_new_tokens=max_new_tokens, **options
         )
@@ -276,7 +284,7 @@ def load_ptuning_state_dict(model, state):
 
 
 def ptuning_config(model):
-    """The adapter_config.json that goes with ptuning_state_dict."""
+    """The adapter_config.json that goes with ptuning_state_dict. With slots anywhere, peft refuses it."""
     return dict(model.ptuning_config)
 
 
@@ -297,10 +305,9 @@ def ptuning_arguments(config):
     if config["peft_type"] == "P_TUNING_TEMPLATE":
         fields += [("template", "template", (str, type(None))), ("pseudo_id", "pseudo_id", (int,))]
     for argument, key, kind in fields:
-        arguments[argument] = config.get(key, 2 if key == "encoder_num_layers" else None)
-        value = arguments[argument]
+        value = arguments[argument] = config.get(key, 2 if key == "encoder_num_layers" else None)
         if type(value) not in kind or (argument in ("hidden", "layers") and value is not None and value < 1):
-            raise Error(f"adapter_config.json: {key} cannot be {arguments[argument]!r}")
+            raise Error(f"adapter_config.json: {key} cannot be {value!r}")
     return arguments
 
 

@@ -180,13 +180,16 @@ def test_txt_keeps_every_character(tmp_path, old, new):
 
 
 def test_jsonl_is_split_by_line(tmp_path):
-    """A .jsonl file gives each line to one side, repeated lines to the same one but at the border."""
+    """A .jsonl file gives each line to one side, and all copies of a line to the same one."""
     path = tmp_path / "a.jsonl"
     lines = [json.dumps({"prompt": f"p{i}\u2028", "completion": f"c{i}"}) for i in range(40)]
     path.write_text("\n".join(lines + [""]), "utf-8")
     train, valid = data.split_pairs(data.read(str(path)), path)
     assert sorted(train + valid) == sorted((f"p{i}\u2028", f"c{i}") for i in range(40))
     assert len(valid) == 4
+    path.write_text("\n".join(2 * lines[:5] + 2 * lines[5:10]), "utf-8")  # a tenth is one line of a pair
+    train, valid = data.split_pairs(data.read(str(path)), path)
+    assert len(train) == 18 and len(valid) == 2 and not set(train) & set(valid)
 
 
 @pytest.mark.parametrize(

@@ -353,6 +353,16 @@ def test_folding_changes_nothing(n, dtype, options, front, seed):
         assert model.prompt_embeddings.shape == (n, D)
 
 
+def test_folding_under_autocast_changes_nothing():
+    """Inside autocast too the encoder runs in its own precision, so that what is trained there is what is kept."""
+    model = tuned(5, dtype=torch.float32, encoder="mlp")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits, expected = model(torch.tensor([[1, 2, 3]])).logits, model.encoder()
+        assert model.prompt().dtype == torch.float32 and expected.dtype == torch.bfloat16
+        assert torch.equal(ptuning.fold_ptuning(model)(torch.tensor([[1, 2, 3]])).logits, logits)
+    assert model.prompt_embeddings.dtype == torch.float32
+
+
 @pytest.mark.parametrize("encoder", ["lstm", "mlp"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_moves_the_encoder_and_nothing_else(dtype, encoder):

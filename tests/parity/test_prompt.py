@@ -172,6 +172,14 @@ def test_beams_and_samples():
     assert drawn.shape == (6, 14) and torch.equal(drawn[:, :8], IDS.repeat_interleave(3, 0))
 
 
+def test_what_is_to_be_generated_must_fit():
+    """Prompt, text and new tokens up to the last position are generated; with one more, it is said before the first."""
+    model = prompt.PromptTuning(MODELS["gpt2"](), N)
+    assert model.generate(IDS, 40 - N - 8 + 1, do_sample=False).shape == (2, 36)
+    with pytest.raises(prompt.Error, match="need 41 positions; the model has 40"):
+        model.generate(IDS, 40 - N - 8 + 2)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_training_moves_the_prompt_and_nothing_else(name):
     """After three steps all base tensors are the same bits, and every number of P has moved."""

@@ -173,6 +173,14 @@ def test_a_padded_row_gives_what_it_gives_alone(name, way, dtype):
             assert torch.equal(gpt.generate(ours, torch.tensor([row]), 8)[0], by_ours[i, -len(row) - 8 :])
 
 
+def test_what_is_to_be_generated_must_fit():
+    """Prompt, text and new tokens up to the last position are generated; with one more, it is said before the first."""
+    model = ptuning.PTuning(MODELS["gpt2"](), N)
+    assert model.generate(IDS, 40 - N - 8 + 1, do_sample=False).shape == (2, 36)
+    with pytest.raises(ptuning.Error, match="need 41 positions; the model has 40"):
+        model.generate(IDS, 40 - N - 8 + 2)
+
+
 @pytest.mark.parametrize("encoder", ["lstm", "mlp"])
 @pytest.mark.parametrize("name", MODELS)
 def test_training_moves_the_encoder_and_nothing_else(name, encoder):
