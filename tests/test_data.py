@@ -179,6 +179,12 @@ def test_txt_keeps_every_character(tmp_path, old, new):
     assert 0.89 < len(train) / len(train + valid) < 0.95
 
 
+def test_functions_are_cut_where_they_are():
+    """A function is its own lines, also after a form feed, which is no end of a line to Python."""
+    function = "def f(x):\n    y = x\n    return y"
+    assert data.top_functions(f"a = 1\n\x0c\nb = '\u2028'\n{function}\nc = 2\n") == [function]
+
+
 def test_jsonl_is_split_by_line(tmp_path):
     """A .jsonl file gives each line to one side, and all copies of a line to the same one."""
     path = tmp_path / "a.jsonl"

@@ -304,6 +304,8 @@ def test_bits_per_byte_is_about_text(files, name):
         (["--method", "ptuning", "--template", "[P]"], "exactly once"),
         (["--zero", "2"], "torchrun"),
         (["--offload", "cpu"], "belongs to --zero"),
+        (["--method", "prompt", "--init", "labels"], "needs completions"),
+        (["--seed", "-1"], "--seed must be"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--steps", "ten"], "--steps"),
         (["--lr", "nan"], "--lr"),
