@@ -641,11 +641,6 @@ def main():
     # What a rank can use without the others
     whole = (lambda: nullcontext(model)) if engine is None else engine.whole
 
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Error(f"--out {out} cannot be a folder: {error}") from None
-
     # Before, or where an earlier run stopped
     run = {"step": 0, "updates": 0, "losses": [], "tokens": 0, "seconds": 0.0, "training_seconds": 0.0, "peak": 0}
     run |= {"loss_scale": 2.0**16 if args.precision == "fp16" else 1.0, "clean": 0, "skipped": 0}
@@ -653,7 +648,7 @@ def main():
     free = ("out", "resume", "save_every", "generate", "zero", "offload", "fsdp", "debug")
     run["settings"] = {k: v for k, v in vars(args).items() if k not in free}
     state = out / "state.safetensors"
-    there = over_ranks(int(args.resume and state.is_file()), device)
+    there = over_ranks(int(args.resume and os.path.isfile(state)), device)  # Path.is_file raises for some names
     if there not in (0, world):
         raise Error(f"{state} is there for {there:.0f} of {world} processes: --out must be on a disk that all can read")
     if there:
@@ -671,6 +666,11 @@ def main():
     run["world"] = world
     say(f"{args.method}, {args.precision}, {device}: {args.base} learns {args.data}")
     say(f"{trained:,} of {total:,} parameters are trained; state saved every {args.save_every} steps to {state}")
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Error(f"--out {out} cannot be a folder: {error}") from None
 
     # Loop. Ctrl-C and SIGTERM end it after the step that is under way
     stopped = []
