@@ -944,6 +944,10 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a sample may have characters that the terminal has not
     try:
         main()
+        if "WORLD_SIZE" in os.environ:
+            # Without torch's clean-up: in it a rank that was done has aborted, and torchrun killed the one that saved
+            sys.stdout.flush()
+            os._exit(0)
     except (KeyboardInterrupt, Failure, RuntimeError, MemoryError, *ERRORS) as error:
         for bar in [*tqdm._instances]:  # their lines end before the message begins
             bar.close()
