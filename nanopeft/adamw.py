@@ -50,12 +50,12 @@ def update(theta, g, m, v, rounded, grad_scale, lr, b1, b2, c1, c2, eps, weight_
         g = g.add(theta, alpha=weight_decay)  # Adam + L2: g = g + λ θ
     m.lerp_(g, 1 - b1)  # m = β1 m + (1 - β1) g
     v.mul_(b2).addcmul_(g, g, value=1 - b2)  # v = β2 v + (1 - β2) g²
-    # √v / c2 + ε = (√v + c2 ε) / c2: dividing numbers, not tensors, by c2
+    # θ = θ - lr · (m / c1) / (√v / c2 + ε) = θ - lr c2 / c1 · m / (√v + c2 ε): c1 and c2 go into numbers, not tensors
     denominator, size = v.sqrt().add_(eps * c2), lr * c2 / c1
     if torch.compiler.is_compiling():  # it takes `value` for a constant, and would compile again at each step
         theta.sub_(m / denominator * size)
     else:
-        theta.addcdiv_(m, denominator, value=-size)  # θ = θ - lr c2 / c1 · m / (√v + c2 ε)
+        theta.addcdiv_(m, denominator, value=-size)
     if rounded.dtype != theta.dtype:
         rounded.copy_(theta)
 

@@ -10,7 +10,7 @@
 Where 16 bytes come from: parameter 2 + gradient 2 + fp32 master copy, m and v of Adam 4 + 4 + 4. In an fp32 run the
 parameter is its own master copy: 4 + 4 + (4 + 4). Activations come on top, and are not what ZeRO divides.
 
-What a rank sends in a step of one micro-batch, in elements, each times (N - 1)/N (of M: stage 2 (M + 1)Ψ, 3 3MΨ):
+What a rank sends in a step, in elements, each times (N - 1)/N; with M micro-batches stage 2 (M + 1)Ψ, stage 3 3MΨ:
     stage 0   2Ψ   all-reduce of the gradients, which is a reduce-scatter (Ψ) and an all-gather (Ψ)
     stage 1   2Ψ   reduce-scatter: each rank gets the sum of its shard; Adam there; all-gather of the new parameters
     stage 2   2Ψ   the same, but the gradients leave bucket by bucket while backward goes on

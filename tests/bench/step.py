@@ -7,9 +7,10 @@
 Random weights, random tokens, bf16, 4 x 256 tokens. Each side runs in a process of its own; they take turns step by
 step, so that other load on the machine hits each alike: only the ratios mean something. Seconds are the best round's;
 on a machine with other work, --clock cpu counts those of the processor instead. The peer is tried in several
-configurations, and the fastest counts. Memory is the peak of the process's resident memory (VmHWM, Linux) above what
-it held when the model with its technique had run on a few tokens, and gradients and optimizer were not there; "tight"
-is the same ratio in one more step, in which the holes that malloc keeps in its heap are given back.
+configurations, and the fastest counts; our AdamW is compiled for `full`, where it has much to do. Memory is the peak of
+the process's resident memory (VmHWM, Linux) above what it held when the model with its technique had run on a few
+tokens, and gradients and optimizer were not there; "tight" is the same ratio in one more step, in which the holes that
+malloc keeps in its heap are given back.
 """
 
 import argparse
@@ -168,8 +169,10 @@ def work(pipe, side, method, shape, batch, length, rank, threads):
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back
     if method not in ("matmul", "generate"):
-        own = lambda: adamw.AdamW(trained, compile=method == "full")  # noqa: E731
-        optimizer = own() if side == "ours" else torch.optim.AdamW(trained, fused=True)
+        if side == "ours":
+            optimizer = adamw.AdamW(trained, compile=method == "full")
+        else:
+            optimizer = torch.optim.AdamW(trained, fused=True)
 
     pipe.send("ready")
     while pipe.recv() == "go":
