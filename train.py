@@ -12,7 +12,7 @@
 A run leaves in out/METHOD/ what was trained, in peft's format (adapter, fusion: in one like it, for peft lacks them;
 full: a GPT-2 checkpoint), result.json, loss.png, and state.safetensors, from which --resume goes on.
 
-Read it from main() on: data, base, method, evaluation, loop, evaluation, files, report.
+Read it from fine_tune() on: data, base, method, evaluation, loop, evaluation, files, report.
 """
 
 import argparse
@@ -568,10 +568,16 @@ def main():
     if args.method == "all":
         return compare(args, given)
     dtype, device = DTYPES[args.precision], torch.device(args.device)
-    if args.generate:
-        model, encoding = load_trained(Path(args.generate), dtype, device)
-        print(sample(model, encoding, args.prompt or "", device, args.seed))
-        return
+    wide = device.type == "cpu" and dtype.itemsize == 2 and gpt.emulates(dtype)
+    with gpt.WideProducts() if wide else nullcontext():
+        if args.generate:
+            model, encoding = load_trained(Path(args.generate), dtype, device)
+            print(sample(model, encoding, args.prompt or "", device, args.seed))
+        else:
+            fine_tune(args, dtype, device, wide)
+
+
+def fine_tune(args, dtype, device, wide):
     out = Path(args.out)
     began = time.time()
     torch.manual_seed(args.seed)
@@ -664,7 +670,8 @@ def main():
             run["accuracy_before"] = accuracy(full, valid, device, rank, world) if args.data == "modules" else None
             run["sample_before"] = sample(full, encoding, text, device, args.seed) if rank == 0 else ""
     run["world"] = world
-    say(f"{args.method}, {args.precision}, {device}: {args.base} learns {args.data}")
+    how = f"{args.precision} with its products in fp32" if wide else args.precision
+    say(f"{args.method}, {how}, {device}: {args.base} learns {args.data}")
     say(f"{trained:,} of {total:,} parameters are trained; state saved every {args.save_every} steps to {state}")
 
     try:

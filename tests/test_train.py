@@ -127,6 +127,29 @@ def test_training_moves_what_is_trained_and_nothing_else(monkeypatch, files, tmp
     assert len(still) <= (2 if method == "fusion" else 0)  # one in each layer
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_emulated_types_are_multiplied_in_fp32(monkeypatch, files, tmp_path, capsys, precision):
+    """Where a CPU would emulate a 16-bit type, training and --generate take its products in fp32, and a line says so.
+
+    Elsewhere, and in fp32, nothing is touched; the loss is the same but for roundings (in bf16 2^-8 of each number).
+    """
+    losses, seen, dispatch = [], [], gpt.WideProducts.__torch_dispatch__
+    spy = lambda self, func, *rest: seen.append(func) or dispatch(self, func, *rest)  # noqa: E731
+    monkeypatch.setattr(gpt.WideProducts, "__torch_dispatch__", spy)
+    for emulated in (True, False):
+        monkeypatch.setattr(gpt, "emulates", lambda dtype: emulated)  # noqa: B023
+        on = emulated and precision != "fp32"
+        losses.append(train(monkeypatch, files, tmp_path, f"--method lora --precision {precision}")["loss_after"])
+        assert (torch.ops.aten.mm.default in seen) == on
+        assert (f"lora, {precision} with its products in fp32, cpu" in capsys.readouterr().out) == on
+        seen.clear()
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--generate", str(tmp_path), "--precision", precision])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        assert (torch.ops.aten.mm.default in seen) == on
+        seen.clear()
+    assert losses[0] == pytest.approx(losses[1], rel=2**-8)
+
+
 def test_full_training_moves_everything(monkeypatch, files, tmp_path):
     """After a full run every tensor has moved."""
     train(monkeypatch, files, tmp_path, "--method full")
