@@ -160,7 +160,10 @@ def test_greedy_text_is_pefts(name):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_the_mlp_is_pefts(name):
-    """Through an MLP, logits and the gradients of E and the MLP are peft's; folded, so are the logits."""
+    """Through an MLP, logits and the gradients of E and the MLP are peft's; folded, so are the logits.
+
+    peft's MLP has B N rows, where ours has N: a CPU may sum them in another order (off by 1.7e-6 without AVX-512).
+    """
     base = tiny(name)
     ours = wrapped(base, hidden=12)
     theirs = in_peft(base, ours, prefix_projection=True, encoder_hidden_size=12)
@@ -171,8 +174,8 @@ def test_the_mlp_is_pefts(name):
         own = [p for p in model.parameters() if p.requires_grad]
         results.append([out.logits, out.loss, *torch.autograd.grad(out.loss, own)])
     for found, expected in zip(*results, strict=True):
-        assert_close(found, expected, 1e-6)
-    assert_close(prefix.fold_prefix(ours)(IDS).logits, results[1][0], 1e-6)
+        assert_close(found, expected, 1e-5)
+    assert_close(prefix.fold_prefix(ours)(IDS).logits, results[1][0], 1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -301,7 +304,7 @@ def test_a_prefix_of_pefts_opens_here(name, hidden, tmp_path):
     theirs.save_pretrained(tmp_path / "adapter")
     ours = read(base, tmp_path / "adapter")
     assert_noticeable(ours)
-    assert_close(ours(IDS).logits, theirs(IDS).logits, 1e-6)
+    assert_close(ours(IDS).logits, theirs(IDS).logits, 1e-6 if hidden is None else 1e-5)  # its MLP has B N rows
 
 
 def test_a_prefix_on_our_gpt_opens_in_peft(tmp_path):
