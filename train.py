@@ -39,7 +39,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from nanopeft import adamw, adapter, data, gpt, lora, memory, prefix, prompt, ptuning, qlora, quant, zero
+from nanopeft import adamw, adapter, data, gpt, lora, memory, prefix, prompt, ptuning, qlora, quant, wide, zero
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 METHODS = {  # the options of each, and their defaults
@@ -568,16 +568,18 @@ def main():
     if args.method == "all":
         return compare(args, given)
     dtype, device = DTYPES[args.precision], torch.device(args.device)
-    wide = device.type == "cpu" and dtype.itemsize == 2 and gpt.emulates(dtype)
-    with gpt.WideProducts() if wide else nullcontext():
+    emulated = device.type == "cpu" and dtype.itemsize == 2 and wide.emulates(dtype)
+    if emulated and args.compile:
+        raise Error(f"this CPU emulates {args.precision}, and --compile cannot help there: leave it out, or take fp32")
+    with wide.WideProducts() if emulated else nullcontext():
         if args.generate:
             model, encoding = load_trained(Path(args.generate), dtype, device)
             print(sample(model, encoding, args.prompt or "", device, args.seed))
         else:
-            fine_tune(args, dtype, device, wide)
+            fine_tune(args, dtype, device, emulated)
 
 
-def fine_tune(args, dtype, device, wide):
+def fine_tune(args, dtype, device, emulated):
     out = Path(args.out)
     began = time.time()
     torch.manual_seed(args.seed)
@@ -670,7 +672,7 @@ def fine_tune(args, dtype, device, wide):
             run["accuracy_before"] = accuracy(full, valid, device, rank, world) if args.data == "modules" else None
             run["sample_before"] = sample(full, encoding, text, device, args.seed) if rank == 0 else ""
     run["world"] = world
-    how = f"{args.precision} with its products in fp32" if wide else args.precision
+    how = f"{args.precision} with its products in fp32" if emulated else args.precision
     say(f"{args.method}, {how}, {device}: {args.base} learns {args.data}")
     say(f"{trained:,} of {total:,} parameters are trained; state saved every {args.save_every} steps to {state}")
 

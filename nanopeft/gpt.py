@@ -17,7 +17,6 @@ Papers: GPT-2 (Radford et al. 2019); attention, arXiv 1706.03762, eq. 1; GELU by
 import json
 import math
 import os
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -27,7 +26,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 HUB = {
     "gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-medium",
@@ -47,52 +45,6 @@ class Output(NamedTuple):
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     past_key_values: Any = None
-
-
-# ------------------------------------------------------------------------------------------------------------ 16 bits
-
-
-def emulates(dtype):
-    """Whether torch multiplies matrices of this type on this CPU one number at a time: far slower than in 32 bits.
-
-    For bf16 that is so without AVX-512, which most laptops lack.
-    """
-    best = {}
-    for kind in (dtype, torch.float32):
-        x = torch.ones(256, 256, dtype=kind)
-        for _ in range(3):
-            began = time.perf_counter()
-            x @ x
-            best[kind] = min(best.get(kind, math.inf), time.perf_counter() - began)
-    return best[dtype] > 4 * best[torch.float32]
-
-
-class WideProducts(TorchDispatchMode):
-    """Inside it, matrix products of 16-bit numbers on a CPU are taken in 32 bits, and their results rounded to 16.
-
-    Instructions for 16 bits do the same: exact products, summed in 32 bits. It works on any model and on its gradients;
-    torch.compile stands aside.
-    """
-
-    products = {
-        getattr(torch.ops.aten, name)
-        for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu",
-                     "_scaled_dot_product_flash_attention_for_cpu_backward")
-    }  # fmt: skip
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        narrow = args[0].dtype if func.overloadpacket in self.products else None
-        if narrow not in (torch.bfloat16, torch.float16) or not args[0].is_cpu:
-            return func(*args, **kwargs)
-        widen = lambda t: t.float() if torch.is_tensor(t) and t.dtype == narrow else t  # noqa: E731
-        out = func(*map(widen, args), **{name: widen(t) for name, t in kwargs.items()})
-        if func.overloadpacket == torch.ops.aten.addmm_:
-            return args[0].copy_(out)
-        if torch.is_tensor(out):
-            return out.to(narrow)
-        # Attention's second result (B, H, T), the logarithms of its sums, is in 32 bits always
-        return tuple(t.to(narrow) if t.dim() == 4 else t for t in out)
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from nanopeft import data, gpt
+from nanopeft import data, gpt, wide
 
 FOLDER = gpt.find_checkpoint("nano")
 ENCODING = data.load_tokenizer(FOLDER)
@@ -47,8 +47,8 @@ def test_it_has_learned_python():
     valid = data.Text(data.library()[1], ENCODING, 512)
     model = gpt.GPT.from_pretrained("nano", torch.bfloat16).eval()
     nats = 0.0
-    emulated = gpt.emulates(torch.bfloat16)  # it would take four minutes
-    with torch.no_grad(), gpt.WideProducts() if emulated else nullcontext():
+    emulated = wide.emulates(torch.bfloat16)  # it would take four minutes
+    with torch.no_grad(), wide.WideProducts() if emulated else nullcontext():
         for ids, labels in valid.batches(16):
             nats += model(ids, labels=labels).loss.item() * labels[:, 1:].numel()
     assert nats / math.log(2) / valid.bytes() <= 1.28

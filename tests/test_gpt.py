@@ -7,7 +7,6 @@ import os
 import sys
 import tempfile
 import types
-from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -18,7 +17,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanopeft import gpt
 
@@ -48,123 +46,6 @@ def off(got, expected):
 
 # fp64 rounds to 1.1e-16 of a number. The sums here have under 1e3 terms and are nested ten deep: under 1e-12 in all.
 FP64 = 1e-12
-
-# ------------------------------------------------------------------------------------------------------------- 16 bits
-
-
-@often
-@given(st.data())
-def test_wide_products_are_rounded_once(data):
-    """Inside WideProducts each product of 16-bit matrices is the exact one, rounded once to its 16 bits.
-
-    The oracle is fp64. A sum of k products in 32 bits adds k 2^-24 of their sizes, and the rounding 2^-8 of the result
-    in bf16 and 2^-11 in fp16 (half a unit in the last of 8 or 11 digits; or half of the smallest step, 2^-25, there).
-    """
-    dtype, unit = data.draw(st.sampled_from([(torch.bfloat16, 2**-8), (torch.float16, 2**-11)]))
-    B, n, k, m = (data.draw(st.integers(1, 9)) for _ in range(4))
-    torch.manual_seed(data.draw(st.integers(0, 1 << 30)))
-    a, b = torch.randn(B, n, k, dtype=dtype), torch.randn(B, k, m, dtype=dtype)
-    c, alpha, beta = torch.randn(B, n, m, dtype=dtype), data.draw(st.floats(-2, 2)), data.draw(st.floats(-2, 2))
-    scaled = dict(alpha=alpha, beta=beta)
-
-    def products():
-        yield a @ b, 0, 1
-        yield a[0] @ b[0], 0, 1
-        yield F.linear(a[0], b[0].t()), 0, 1
-        yield torch.addmm(c[0], a[0], b[0], **scaled), beta, alpha
-        yield c[0].clone().addmm_(a[0], b[0], **scaled), beta, alpha
-        yield torch.baddbmm(c, a, b, **scaled), beta, alpha
-
-    with gpt.WideProducts():
-        found = [*products()]
-    for got, beta, alpha in found:
-        each = slice(None) if got.dim() == 3 else 0
-        A, B, C = (t[each].double() for t in (a, b, c))
-        exact, size = beta * C + alpha * (A @ B), abs(beta) * C.abs() + abs(alpha) * (A.abs() @ B.abs())
-        assert got.dtype == dtype
-        assert ((got.double() - exact).abs() <= unit * exact.abs() + (k + 3) * 2**-23 * size + 2**-25).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_wide_products_leave_wide_types_alone(dtype):
-    """In 32 and 64 bits a step has the same bits inside WideProducts as outside."""
-    model, ids = tiny(dtype=dtype), torch.arange(40).view(2, 20)
-    steps = []
-    for context in (nullcontext(), gpt.WideProducts()):
-        with context:
-            loss = model(ids, labels=ids).loss
-            steps.append([loss, *torch.autograd.grad(loss, [*model.parameters()])])
-    assert all(torch.equal(x, y) for x, y in zip(*steps))
-
-
-class Products(TorchDispatchMode):
-    """Notes the type of each matrix product that is carried out."""
-
-    def __init__(self):
-        super().__init__()
-        self.types = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if "mm" in func.overloadpacket.__name__ or "attention" in func.overloadpacket.__name__:
-            self.types += [t.dtype for t in args if torch.is_tensor(t)]
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_step_with_wide_products(dtype):
-    """Inside WideProducts no product of a step in 16 bits is carried out in them, and all it returns is of its type.
-
-    It is no further from fp64 than outside, plus half: the same roundings happen in both but for those that attention
-    makes inside. A padded batch takes attention's masked form.
-    """
-    exact, ids = tiny(n_positions=32).requires_grad_(), torch.arange(60).view(3, 20)
-    mask = torch.ones_like(ids)
-    mask[0, :7] = 0
-    for options in ({}, {"attention_mask": mask}):
-        model = tiny(dtype=dtype, n_positions=32)
-        exact.load_state_dict(model.state_dict())
-        errors = []
-        for m, context in ((exact, nullcontext()), (model, nullcontext()), (model, gpt.WideProducts())):
-            with context:
-                loss = m(ids, labels=ids, **options).loss
-                gradients = torch.autograd.grad(loss, [*m.parameters()])
-            if m is exact:
-                expected = torch.cat([g.flatten() for g in gradients])
-                continue
-            assert {g.dtype for g in gradients} == {dtype} and loss.dtype == torch.float32
-            errors.append(off(torch.cat([g.flatten() for g in gradients]).double(), expected))
-        assert 0 < errors[1] <= 1.5 * errors[0]
-        with Products() as carried_out, gpt.WideProducts():
-            model(ids, labels=ids, **options).loss.backward()
-        assert set(carried_out.types) == {torch.float32} and len(carried_out.types) > 50
-
-
-def test_what_attention_keeps_stays_in_32_bits():
-    """The logarithms of attention's sums, which its gradient takes, are the same bits as in fp32."""
-    attention, q = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.randn(2, 3, 9, 4).bfloat16()
-    with gpt.WideProducts():
-        y, kept = attention(q, q, q)
-    assert y.dtype == torch.bfloat16 and torch.equal(kept, attention(*[q.float()] * 3)[1])
-
-
-def test_generation_with_wide_products():
-    """The words drawn greedily inside WideProducts are those that the model finds likeliest there, one by one."""
-    model, ids = tiny(dtype=torch.bfloat16), torch.arange(6).view(2, 3)
-    with gpt.WideProducts():
-        got = gpt.generate(model, ids, 8)
-        for t in range(3, 11):
-            logits = model(got[:, :t]).logits[:, -1].float()
-            chosen = logits.gather(1, got[:, t : t + 1])[:, 0]
-            assert (logits.amax(1) - chosen <= 2**-6 * logits.abs().amax(1)).all()  # the cache rounds in another order
-
-
-def test_emulated_types():
-    """bf16 is found to be emulated just where a CPU of the x86 family has no AVX-512; 32 and 64 bits never are."""
-    assert not gpt.emulates(torch.float32) and not gpt.emulates(torch.float64)
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability in ("AVX2", "AVX512"):
-        assert gpt.emulates(torch.bfloat16) == (capability == "AVX2")
-
 
 # ---------------------------------------------------------------------------------------------------------------- loss
 

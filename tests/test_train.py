@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanopeft import adamw, data, gpt, zero
+from nanopeft import adamw, data, gpt, wide, zero
 
 SCRIPT = Path(__file__).parent.parent / "train.py"
 RESULT_KEYS = {
@@ -127,17 +127,26 @@ def test_training_moves_what_is_trained_and_nothing_else(monkeypatch, files, tmp
     assert len(still) <= (2 if method == "fusion" else 0)  # one in each layer
 
 
+def test_compiling_an_emulated_type_is_refused(monkeypatch, files, tmp_path, capsys):
+    """--compile with a type that this CPU emulates would do nothing: one line, code 2, and nothing written."""
+    monkeypatch.setattr(wide, "emulates", lambda dtype: True)
+    with pytest.raises(SystemExit) as end:
+        train(monkeypatch, files, tmp_path / "o", "--method full --precision bf16 --compile")
+    error = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and "emulates bf16" in error and "\n" not in error and not (tmp_path / "o").exists()
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_emulated_types_are_multiplied_in_fp32(monkeypatch, files, tmp_path, capsys, precision):
     """Where a CPU would emulate a 16-bit type, training and --generate take its products in fp32, and a line says so.
 
     Elsewhere, and in fp32, nothing is touched; the loss is the same but for roundings (in bf16 2^-8 of each number).
     """
-    losses, seen, dispatch = [], [], gpt.WideProducts.__torch_dispatch__
+    losses, seen, dispatch = [], [], wide.WideProducts.__torch_dispatch__
     spy = lambda self, func, *rest: seen.append(func) or dispatch(self, func, *rest)  # noqa: E731
-    monkeypatch.setattr(gpt.WideProducts, "__torch_dispatch__", spy)
+    monkeypatch.setattr(wide.WideProducts, "__torch_dispatch__", spy)
     for emulated in (True, False):
-        monkeypatch.setattr(gpt, "emulates", lambda dtype: emulated)  # noqa: B023
+        monkeypatch.setattr(wide, "emulates", lambda dtype: emulated)  # noqa: B023
         on = emulated and precision != "fp32"
         losses.append(train(monkeypatch, files, tmp_path, f"--method lora --precision {precision}")["loss_after"])
         assert (torch.ops.aten.mm.default in seen) == on

@@ -12,6 +12,7 @@ import importlib.util
 import sys
 import time
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from nanopeft import gpt, lora, qlora, quant
+from nanopeft import gpt, lora, qlora, quant, wide
 
 
 def race(title, racers, rounds):
@@ -93,13 +94,14 @@ def speed(rounds):
         "ours, int8": qlora.QuantizedLinear(int8, "int8", True),
         "nn.Linear, not quantized": dense,
     }
-    y = layer(x)
-    assert torch.equal(layers["ours, NF4"](x), y)
-    race(
-        "linear 3072 x 768 on 1,024 tokens, forward and backward, bf16",
-        {name: lambda module=module: torch.autograd.grad(module(x), x, dy) for name, module in layers.items()},
-        3 * rounds,
-    )
+    emulated = wide.emulates(dtype)  # then a product would take seconds, on both sides
+    with wide.WideProducts() if emulated else nullcontext():
+        assert torch.equal(layers["ours, NF4"](x), layer(x))
+        race(
+            f"linear 3072 x 768 on 1,024 tokens, forward and backward, bf16{', products in fp32' * emulated}",
+            {name: lambda module=module: torch.autograd.grad(module(x), x, dy) for name, module in layers.items()},
+            3 * rounds,
+        )
 
 
 class Bytes(TorchDispatchMode):

@@ -12,8 +12,8 @@ the process's resident memory (VmHWM, Linux) above what it held when the model w
 tokens, and gradients and optimizer were not there; "tight" is the same ratio in one more step, in which the holes that
 malloc keeps in its heap are given back.
 
-Where the CPU emulates bf16, a step would take minutes: there both sides take its products in fp32 (gpt.WideProducts),
-and the peer is also tried in fp32 throughout.
+Where the CPU emulates bf16, a step would take minutes: there both sides take its products in fp32 (wide.py), and the
+peer is also tried in fp32 throughout.
 """
 
 import argparse
@@ -36,7 +36,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from nanopeft import adamw, gpt, lora, prefix, prompt, ptuning, qlora  # noqa: E402
+from nanopeft import adamw, gpt, lora, prefix, prompt, ptuning, qlora, wide  # noqa: E402
 
 BF16 = torch.bfloat16
 SHAPES = {
@@ -51,9 +51,8 @@ PEERS = {
     "bf16, fused gelu": (BF16, BF16, False, "gelu_pytorch_tanh"),  # the same function in one kernel
     "bf16 + autocast": (BF16, torch.float32, True, "gelu_new"),
     "fp32 + autocast": (torch.float32, torch.float32, True, "gelu_new"),
+    "fp32": (torch.float32, torch.float32, False, "gelu_new"),  # where bf16 is emulated
 }
-if gpt.emulates(BF16):
-    PEERS["fp32"] = (torch.float32, torch.float32, False, "gelu_new")
 PROMPT, NEW = 32, 64  # tokens read and written in the race of generation
 MATMUL = 2048
 
@@ -121,13 +120,11 @@ def resident(key):
     return 1024 * int(line.split()[1])
 
 
-def work(pipe, side, method, shape, batch, length, rank, threads):
+def work(pipe, side, method, shape, batch, length, rank, threads, emulated):
     """One racer: sends when it is ready, the seconds (wall, CPU per thread) of each call asked for, and the peak."""
     warnings.simplefilter("ignore")  # peft's and transformers', of each other
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    if gpt.emulates(BF16):
-        gpt.WideProducts().__enter__()  # until the process ends
     context = contextlib.nullcontext
     if method == "matmul":
         x = torch.randn(MATMUL, MATMUL).to(BF16)
@@ -139,16 +136,22 @@ def work(pipe, side, method, shape, batch, length, rank, threads):
         model = peer_model(method, shape, rank, base_type, own_type, activation)
         if autocast:
             context = lambda: torch.autocast("cpu", dtype=BF16)  # noqa: E731
+    products = wide.WideProducts if emulated else contextlib.nullcontext
     ids = torch.randint(SHAPES[shape]["vocab_size"], (batch, PROMPT if method == "generate" else length))
     if method == "matmul":
-        call = lambda: x @ x  # noqa: E731
+
+        def call():
+            with products():
+                x @ x
+
     elif method == "generate":
         model.eval()
         options = {} if side == "ours" else dict(do_sample=False, use_cache=True, pad_token_id=0)
 
         def call(ids=ids, new=NEW):
             options["attention_mask"] = None if side == "ours" else torch.ones_like(ids)
-            model.generate(ids, max_new_tokens=new, **options)
+            with products():
+                model.generate(ids, max_new_tokens=new, **options)
 
         call(ids[:, :4], 2)
     else:
@@ -156,9 +159,10 @@ def work(pipe, side, method, shape, batch, length, rank, threads):
         trained = [p for p in model.train().parameters() if p.requires_grad]
 
         def backward(ids):
-            with context():
-                loss = model(input_ids=ids, labels=ids, **options).loss
-            loss.backward()
+            with products():
+                with context():
+                    loss = model(input_ids=ids, labels=ids, **options).loss
+                loss.backward()
 
         def call():
             backward(ids)
@@ -239,8 +243,9 @@ def flops(method, shape, batch, length, rank):
 
 def compare(method, shape, batch, rank, args):
     """One row of the table."""
-    rest = (shape, batch, args.length, rank, args.threads)
-    sides = ["ours", *(name for name, peer in PEERS.items() if not peer[2] or method != "generate")]
+    rest = (shape, batch, args.length, rank, args.threads, args.emulated)
+    peers = [name for name in PEERS if name != "fp32" or args.emulated]
+    sides = ["ours", *(name for name in peers if method != "generate" or "autocast" not in name)]
     racers = {side: (side, method, *rest) for side in sides}
     found = race(racers | {"matmul": ("ours", "matmul", *rest)}, args.steps)
     seconds = {side: min(found[side][args.clock]) for side in found}
@@ -294,7 +299,8 @@ def grow(args):
         points = []
         for value in values:
             batch, length, rank = (value if name == key else args.__dict__[key] for key in ("batch", "length", "rank"))
-            found = race({"ours": ("ours", "lora", args.shape, batch, length, rank, args.threads)}, args.steps)["ours"]
+            rest = (args.shape, batch, length, rank, args.threads, args.emulated)
+            found = race({"ours": ("ours", "lora", *rest)}, args.steps)["ours"]
             points.append((value, min(found[args.clock]), found["memory"]))
             print(f"{'':24}{batch:11}{length:8}{rank:8}{points[-1][1] * 1e3:10.1f}{points[-1][2] / 1e6:10.1f}")
         xs, seconds, memory = zip(*points)
@@ -336,7 +342,8 @@ def main():
     parser.add_argument("--growth", action="store_true", help="how time and memory of LoRA grow, instead")
     parser.add_argument("--out", type=Path, help="a path without suffix: .json and .png are added")
     args = parser.parse_args()
-    size = f"{args.batch} x {args.length} tokens"
+    args.emulated = wide.emulates(BF16)  # once: all processes must do the same
+    size = f"{args.batch} x {args.length} tokens{', products in fp32' * args.emulated}"
     print(f"torch {torch.__version__}, {args.threads} threads, {args.shape}, bf16, {size}, {args.clock} seconds")
     if args.growth:
         rows = grow(args)
