@@ -32,7 +32,6 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
-import tiktoken
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
@@ -78,7 +77,8 @@ def default(method, option):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.error = refuse  # one line instead of the whole usage
     add = parser.add_argument
     rates = ", ".join(f"{method} {options['lr']:g}" for method, options in METHODS.items())
@@ -88,7 +88,8 @@ def arguments():
     add("--data", default="reference", help=f"{', '.join(data.TASKS)}, or a .txt or .jsonl file (reference)")
     add("--rank", type=int, help=f"lora, qlora: rank r of the update {default('lora', 'rank')}")
     add("--alpha", type=float, help=f"lora, qlora: the update is scaled by alpha / r {default('lora', 'alpha')}")
-    add("--targets", help=f"lora, qlora: ends of layer names, with commas between {default('lora', 'targets')}")
+    names = f"lora, qlora: ends of layer names, with commas between {default('lora', 'targets')}"
+    add("--targets", type=lambda text: text if text == "all-linear" else text.split(","), help=names)
     add("--quant", choices=["nf4", "int8"], help=f"qlora: how the base is stored {default('qlora', 'quant')}")
     where = "houlsby, in both sublayers, or pfeiffer, at the block"
     add("--placement", choices=["houlsby", "pfeiffer"], help=f"adapter: {where} {default('adapter', 'placement')}")
@@ -124,22 +125,24 @@ def arguments():
     # A flag works or is refused
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     idle = given - {"generate", "prompt", "precision", "device", "seed", "debug"}
-    if args.generate and idle:
+    if args.generate is not None and idle:
         raise Error(f"--generate does not train: leave out {', '.join(sorted(idle))}")
-    options = METHODS.get(args.method, {})
     for name in sorted(given):
         owners = [method for method in METHODS if name in METHODS[method]]
+        if owners and args.method == "all":
+            raise Error(f"--{name} differs from method to method: leave it out with --method all")
         if owners and args.method not in owners:
             raise Error(f"--{name} belongs to --method {', '.join(owners)}")
-    if args.method == "fusion" and not args.adapters and not args.generate:
+    if args.method == "fusion" and not args.adapters:
         raise Error("--method fusion needs --adapters: folders that runs of --method adapter left")
     if args.base == "scratch" and args.method != "full":
         raise Error("--base scratch has learned nothing that could be kept frozen: use --method full")
     if args.length is None:
         args.length = 256 if args.data == "modules" or args.data.endswith(".jsonl") else 128
-    for name, least in dict(steps=1, batch=1, accumulate=1, length=2, save_every=1).items():
-        if getattr(args, name) < least:
-            raise Error(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    least = dict(steps=1, batch=1, accumulate=1, length=2, save_every=1, lr=0, weight_decay=0, clip=0)
+    for name in [name for name in least if name in given and not least[name] <= getattr(args, name) < math.inf]:
+        number = f"at least {least[name]} and finite"
+        raise Error(f"--{name.replace('_', '-')} must be {number}, not {getattr(args, name)}")
     world, shares = int(os.environ.get("WORLD_SIZE", 1)), args.fsdp or args.zero is not None
     if world > 1 and not shares:
         raise Error(f"{world} processes would all do the same: share the work with --zero 0, 1, 2 or 3, or --fsdp")
@@ -149,7 +152,7 @@ def arguments():
         raise Error("give a stage, --zero 0, 1, 2 or 3, or --fsdp")
     if args.offload and args.zero is None:
         raise Error("--offload belongs to --zero")
-    if shares and (args.generate or args.method == "all"):
+    if shares and args.method == "all":
         raise Error("--zero and --fsdp are for training one method")
     if args.fsdp and (args.method == "qlora" or args.precision == "fp16"):
         raise Error("--fsdp is for fp32 and bf16, and not for qlora: use --zero")
@@ -160,9 +163,6 @@ def arguments():
         raise Error(f"--compile needs a C++ compiler, and {compiler} is not there: set CXX to one, or leave it out")
     if not 0 <= args.seed < 1 << 40:
         raise Error(f"--seed must be from 0 to 2^40 - 1, not {args.seed}")
-    for name in ("lr", "weight_decay", "clip"):
-        if getattr(args, name) is not None and not 0 <= getattr(args, name) < math.inf:
-            raise Error(f"--{name.replace('_', '-')} must be a finite number of at least 0, not {getattr(args, name)}")
     if shares and args.device.startswith("cuda:"):
         raise Error(f"each process takes a GPU of its own: --device cuda, not {args.device}")
     try:  # one product: is there such a device, and does it have this type?
@@ -175,8 +175,7 @@ def arguments():
         raise Error(f"--device {args.device} with --precision {args.precision} does not work here: {reason}") from None
 
     args.out = args.out or f"out/{args.method}"
-    for name, value in options.items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    vars(args).update(METHODS.get(args.method, {}) | {name: x for name, x in vars(args).items() if x is not None})
     return args, given
 
 
@@ -184,10 +183,7 @@ def arguments():
 
 
 def load_tokenizer(base):
-    folder = gpt.find_checkpoint("nano" if base == "scratch" else base)
-    if base in gpt.HUB and not (folder / "vocab.json").exists():
-        return tiktoken.get_encoding("gpt2")
-    return data.load_tokenizer(folder)
+    return data.load_tokenizer(gpt.find_checkpoint("nano" if base == "scratch" else base))
 
 
 def load_base(base, encoding, dtype, device):
@@ -205,10 +201,9 @@ def attach(model, args, encoding, train):
         if args.rank > model.config.n_embd:
             width = f"the model's width, {model.config.n_embd}"
             raise Error(f"--rank {args.rank} is above {width}: no update has a rank above it")
-        targets = args.targets if args.targets == "all-linear" else args.targets.split(",")
         if args.method == "lora":
-            return lora.add_lora(model, targets, r=args.rank, alpha=args.alpha)
-        return qlora.add_qlora(model, targets, quant=args.quant, r=args.rank, alpha=args.alpha)
+            return lora.add_lora(model, args.targets, r=args.rank, alpha=args.alpha)
+        return qlora.add_qlora(model, args.targets, quant=args.quant, r=args.rank, alpha=args.alpha)
     if args.method == "adapter":
         return adapter.add_adapter(model, placement=args.placement, reduction=args.reduction)
     if args.method == "fusion":
@@ -250,6 +245,7 @@ def save_trained(model, encoding, args, folder):
         try:
             model.save_pretrained(folder)
             data.save_tokenizer(encoding, folder)
+            (folder / "adapter_config.json").unlink(missing_ok=True)  # of an earlier run: --generate would open it
         except (OSError, SafetensorError) as error:
             raise Failure(f"{folder} cannot be written: {error}; --resume writes it again") from None
         files = ("config.json", "model.safetensors", "vocab.json", "merges.txt")
@@ -294,8 +290,10 @@ def load_trained(folder, dtype, device):
         read, add, load = prompt.prompt_arguments, prompt.PromptTuning, prompt.load_prompt_state_dict
     elif kind in ("P_TUNING", "P_TUNING_TEMPLATE"):
         read, add, load = ptuning.ptuning_arguments, ptuning.PTuning, ptuning.load_ptuning_state_dict
-    else:
+    elif kind == "LORA":
         read, add, load = lora.lora_arguments, lora.add_lora, lora.load_lora_state_dict
+    else:
+        raise Error(f"{folder / 'adapter_config.json'} has peft_type {kind!r}, which is none of the methods here")
     settings = read(config)
     if add is ptuning.PTuning:  # the file holds what its encoder made: the one that it replaces may be small
         settings |= {"hidden": 1, "layers": 2}
@@ -364,10 +362,14 @@ def accuracy(model, examples, device, rank=0, world=1):
     """Share of the examples whose completion, generated greedily after the prompt, is right to the letter."""
     model.eval()
     right = 0
-    for items in tqdm(examples.by_length(32)[rank::world], desc="accuracy", leave=False, disable=rank > 0):
-        n = max(len(c) for _, c in items)
-        prompts = [p[n - room(model) :] for p, _ in items]
-        longest = max(map(len, prompts))
+    batches = []
+    for items in examples.by_length(32):
+        prompts, completions = zip(*items)
+        fits = max(map(len, prompts)) + max(map(len, completions)) <= room(model)
+        batches += [items] if fits else [[item] for item in items]  # alone each does
+    for items in tqdm(batches[rank::world], desc="accuracy", leave=False, disable=rank > 0):
+        prompts, completions = zip(*items)
+        longest, n = max(map(len, prompts)), max(map(len, completions))
         ids = torch.tensor([[examples.pad] * (longest - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
         texts = gpt.generate(model, ids, n, attention_mask=mask, eos_token_id=examples.pad)[:, longest:].tolist()
@@ -394,17 +396,16 @@ def sample(model, encoding, text, device, seed):
 def predict(model, args, length):
     """{what: bytes} that memory.py predicts for a step of this run, with examples of `length` tokens.
 
-    Nothing for targets outside of the blocks, which it does not know.
+    Nothing for what it does not know: targets outside of the blocks, adapters of several widths in a fusion.
     """
-    names = ("rank", "quant", "placement", "tokens", "hidden", "encoder")
-    how = {name: getattr(args, name) for name in names if name in METHODS[args.method]}
-    if args.method in ("lora", "qlora"):
-        how["targets"] = args.targets if args.targets == "all-linear" else args.targets.split(",")
+    how = {name: vars(args)[name] for name in memory.SETTINGS[args.method] if name in vars(args)}
     if args.method in ("adapter", "fusion"):
-        first = next(iter(adapter.adapter_layers(model).values())).adapter
-        adapters = [first] if args.method == "adapter" else first.adapters
-        how["bottleneck"] = adapters[0].down.out_features
-        how |= {"adapters": len(adapters)} if args.method == "fusion" else {}
+        widths = {m.down.out_features for m in model.modules() if isinstance(m, adapter.Adapter)}
+        if len(widths) > 1:
+            return {}
+        how["bottleneck"] = widths.pop()
+    if args.method == "fusion":
+        how["adapters"] = len(args.adapters)
     if args.method == "ptuning":
         how |= {"tokens": model.n_tokens, "template": model.template is not None}
     try:
@@ -441,11 +442,6 @@ def learning_rate(step, args):
     if step < warmup:
         return args.lr * (step + 1) / warmup
     return args.lr * (1 + math.cos(math.pi * (step - warmup) / (args.steps - warmup))) / 2
-
-
-def state_of(params, optimizer):
-    """{parameter's name: {"master": what is updated, and what the optimizer keeps of it}}, as zero.ZeRO.state_dict."""
-    return {name: {"master": p.detach(), **optimizer.state[p]} for name, p in params.items()}
 
 
 def checksum(tensors, text):
@@ -488,7 +484,7 @@ def load_state(path, settings, params, shapes, optimizer, engine):
         raise Error(f"{path} does not fit at {wrong[0]}: the base is not the one of its run")
     for kept in states.values():
         if len(kept) > 1:  # with fp16 there may have been nothing but overflows
-            kept["step"] = run["updates"]
+            kept["step"] = run["step"] - run["skipped"]
     if engine is not None:
         engine.load_state_dict(states)
         engine.loss_scale, engine.clean = run["loss_scale"], run["clean"]
@@ -528,17 +524,15 @@ class FSDP:
 
     def step(self, clip):
         norm = torch.nn.utils.clip_grad_norm_(self.params.values(), clip).full_tensor().item()
-        if math.isfinite(norm):
-            self.optimizer.step()
+        self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 
     def state_dict(self):
-        states = {}
+        states, names = {}, {"master": "master", "exp_avg": "m", "exp_avg_sq": "v"}
         for name, p in self.params.items():
             kept = {"master": p.detach(), **self.optimizer.state[p]}
-            kept = {key: t.full_tensor() for key, t in kept.items() if hasattr(t, "full_tensor")}
-            states[name] = {{"exp_avg": "m", "exp_avg_sq": "v"}.get(key, key): t for key, t in kept.items()}
+            states[name] = {names[key]: t.full_tensor().cpu() for key, t in kept.items() if key in names}
         return states
 
     @torch.no_grad()
@@ -556,10 +550,10 @@ class FSDP:
 
     @contextmanager
     def whole(self):
-        model, states = self.build(), self.state_dict()
+        model = self.build()
         for name, p in model.named_parameters():
-            if name in states:
-                p.data.copy_(states[name]["master"])
+            if name in self.params:
+                p.data.copy_(self.params[name].detach().full_tensor())
         yield model
 
 
@@ -572,7 +566,7 @@ def main():
     if emulated and args.compile:
         raise Error(f"this CPU emulates {args.precision}, and --compile cannot help there: leave it out, or take fp32")
     with wide.WideProducts() if emulated else nullcontext():
-        if args.generate:
+        if args.generate is not None:
             model, encoding = load_trained(Path(args.generate), dtype, device)
             print(sample(model, encoding, args.prompt or "", device, args.seed))
         else:
@@ -616,11 +610,10 @@ def fine_tune(args, dtype, device, emulated):
             raise Error(f"--template goes around a prompt, and {args.data} has none: leave it out")
         for side in (train, valid):
             side.items = [(fill(model, p, encoding), c) for p, c in side.items]
-    longest = args.length + len(fill(model, [encoding.eot_token], encoding)) - 1
-    if longest > room(model):
-        fits = args.length - longest + room(model)
+    left = room(model) - len(fill(model, [encoding.eot_token], encoding)) + 1
+    if args.length > left:
         positions = f"{model.config.n_positions} positions"
-        raise Error(f"--length {args.length} does not fit: of the model's {positions} {fits} are left for the text")
+        raise Error(f"--length {args.length} does not fit: of the model's {positions} {left} are left for the text")
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not params:
         raise Error(f"--template {args.template!r} has no [P], so there is nothing to train")
@@ -633,7 +626,7 @@ def fine_tune(args, dtype, device, emulated):
     added = 0 if args.method == "full" else trained
     total = max(base_parameters + added, sum(p.numel() for p in model.parameters()))  # a fusion has frozen adapters too
     shapes = {name: p.shape for name, p in params.items()}  # ZeRO's stage 3 takes the elements away
-    settings = {"lr": args.lr, "betas": (0.9, 0.95)}
+    settings, engine = {"lr": args.lr, "betas": (0.9, 0.95)}, None
     if args.fsdp:
         build = lambda: attach(load_base(args.base, encoding, dtype, device), args, encoding, train)  # noqa: E731
         engine = FSDP(model, base.transformer.h, dtype, args.weight_decay, build, **settings)
@@ -641,17 +634,14 @@ def fine_tune(args, dtype, device, emulated):
     elif args.zero is not None:
         settings |= {"compile": args.compile, "stage": args.zero, "offload": args.offload, "blocks": base.transformer.h}
         engine = zero.ZeRO(model, adamw.AdamW, by_decay(params.values(), args.weight_decay), **settings)
-    else:
-        engine = None
-        optimizer = adamw.AdamW(by_decay(params.values(), args.weight_decay), compile=args.compile, **settings)
-    if engine is not None:
-        optimizer = engine.optimizer
+    alone = settings | {"compile": args.compile}
+    optimizer = engine.optimizer if engine else adamw.AdamW(by_decay(params.values(), args.weight_decay), **alone)
     # What a rank can use without the others
-    whole = (lambda: nullcontext(model)) if engine is None else engine.whole
+    whole = engine.whole if engine else lambda: nullcontext(model)
 
     # Before, or where an earlier run stopped
-    run = {"step": 0, "updates": 0, "losses": [], "tokens": 0, "seconds": 0.0, "training_seconds": 0.0, "peak": 0}
-    run |= {"loss_scale": 2.0**16 if args.precision == "fp16" else 1.0, "clean": 0, "skipped": 0}
+    run = {"step": 0, "skipped": 0, "losses": [], "tokens": 0, "seconds": 0.0, "training_seconds": 0.0, "peak": 0}
+    run |= {"loss_scale": 2.0**16 if args.precision == "fp16" else 1.0, "clean": 0}
     # These change no result
     free = ("out", "resume", "save_every", "generate", "zero", "offload", "fsdp", "debug")
     run["settings"] = {k: v for k, v in vars(args).items() if k not in free}
@@ -665,12 +655,12 @@ def fine_tune(args, dtype, device, emulated):
         if run["world"] != world:
             say(f"the state is of {run['world']} processes, and here are {world}: other roundings, the same otherwise")
     else:
-        with whole() as full:
-            run["loss_before"], run["bits_before"] = evaluate(full, valid, device, rank, world)
+        with whole() as complete:
+            run["loss_before"], run["bits_before"] = evaluate(complete, valid, device, rank, world)
             if not math.isfinite(run["loss_before"]):
                 raise Failure(f"loss {run['loss_before']} before any step: {args.base} is damaged, or needs more bits")
-            run["accuracy_before"] = accuracy(full, valid, device, rank, world) if args.data == "modules" else None
-            run["sample_before"] = sample(full, encoding, text, device, args.seed) if rank == 0 else ""
+            run["accuracy_before"] = accuracy(complete, valid, device, rank, world) if args.data == "modules" else None
+            run["sample_before"] = sample(complete, encoding, text, device, args.seed) if rank == 0 else ""
     run["world"] = world
     how = f"{args.precision} with its products in fp32" if emulated else args.precision
     say(f"{args.method}, {how}, {device}: {args.base} learns {args.data}")
@@ -688,17 +678,23 @@ def fine_tune(args, dtype, device, emulated):
     model.train()
     loop_began = time.time()
 
-    def save():
+    def note_peak():
+        run["peak"] = max(run["peak"], in_use(device)[1] - memory_before)
+
+    def save(batches):
         nonlocal began, loop_began
         now = time.time()
         run["seconds"] += now - began
         run["training_seconds"] += now - loop_began
-        run["peak"] = max(run["peak"], in_use(device)[1] - memory_before)
+        note_peak()
         began = loop_began = now
         with torch.no_grad():  # weights that the last step has ruined must not replace good ones
             ids, labels = (t[rank::world].to(device) for t in batches[-1])
             check(over_ranks(model(ids, labels=labels).loss.item(), device))
-        states = state_of(params, optimizer) if engine is None else engine.state_dict()
+        if engine is None:  # a parameter in fp32 is its own master copy
+            states = {name: {"master": p.detach(), **optimizer.state[p]} for name, p in params.items()}
+        else:
+            states = engine.state_dict()
         if rank == 0:
             save_state(state, run, states)
 
@@ -707,8 +703,8 @@ def fine_tune(args, dtype, device, emulated):
             left = f"{state} stays as it was" if state.exists() else "nothing was saved"
             raise Failure(f"loss {loss}, gradient norm {norm} at step {run['step']}: try a smaller --lr; {left}")
 
-    def train_step(batches, note):
-        """(loss, norm of the gradient) of one update. note: called after each forward, and after backward."""
+    def train_step(batches, forward_done=lambda: None, backward_done=lambda: None):
+        """(loss, norm of the gradient) of one update. forward_done is called for each of the batches."""
         total = sum((labels[:, 1:] != -100).sum().item() for _, labels in batches)
         loss = 0.0
         for ids, labels in batches:
@@ -719,12 +715,12 @@ def fine_tune(args, dtype, device, emulated):
             loss += part.item()
             if args.method == "fusion":
                 part = part + adapter.fusion_penalty(model) / args.accumulate / world
-            note("forward")
+            forward_done()
             if engine is None:
                 (part * run["loss_scale"]).backward()
             else:
                 engine.backward(part)
-        note("backward")
+        backward_done()
         if engine is not None:
             return over_ranks(loss, device), engine.step(args.clip)
         gradients = [p.grad for p in params.values() if p.grad is not None]
@@ -744,27 +740,25 @@ def fine_tune(args, dtype, device, emulated):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         if step != watched:
-            loss, norm = train_step(batches, lambda when: None)
+            loss, norm = train_step(batches)
         elif engine is None:
+            note_peak()  # peak_bytes starts from 0
             stored = [*model.parameters(), *model.buffers()]
             states = [t for state in optimizer.state.values() for t in state.values()]
             with memory.peak_bytes([*stored, *states], device) as peak, memory.saved_bytes(stored) as saved:
-                at = {"forward": lambda: measured.setdefault("activations", saved()), "backward": lambda: None}  # noqa: B023
-                loss, norm = train_step(batches, lambda when: at[when]())  # noqa: B023
+                loss, norm = train_step(batches, lambda: measured.setdefault("activations", saved()))  # noqa: B023
             predicted = predict(model, args, batches[0][0].size(1))
-            measured |= memory.measured_states(model, optimizer) | {"peak": peak()}
+            measured.update(memory.measured_states(model, optimizer), peak=peak())
         else:
             with memory.sent_elements() as sent:
-                loss, norm = train_step(batches, lambda when: measured.update(memory.kept_by(engine)))  # noqa: B023
+                loss, norm = train_step(batches, backward_done=lambda: measured.update(memory.kept_by(engine)))
         check(loss, norm)
         optimizer.zero_grad()
 
         # fp16 overflow: skip the step and halve the scale; after 1,000 clean steps try twice the scale again
-        overflow = not math.isfinite(norm)
-        run["updates"], run["skipped"] = run["updates"] + (not overflow), run["skipped"] + overflow
-        run["clean"] = 0 if overflow else run["clean"] + 1
-        if overflow:
-            run["loss_scale"] /= 2
+        run["clean"] += 1
+        if not math.isfinite(norm):
+            run["skipped"], run["clean"], run["loss_scale"] = run["skipped"] + 1, 0, run["loss_scale"] / 2
         elif args.precision == "fp16" and run["clean"] == 1000:
             run["clean"], run["loss_scale"] = 0, run["loss_scale"] * 2
 
@@ -775,7 +769,7 @@ def fine_tune(args, dtype, device, emulated):
         bar.update()
         stop = over_ranks(len(stopped), device)  # a signal may come to one rank first
         if stop or run["step"] % args.save_every == 0 or run["step"] == args.steps:
-            save()
+            save(batches)
         if stop and run["step"] < args.steps:
             bar.close()
             raise Failure(f"stopped after step {run['step']}, saved in {state}; the same command with --resume goes on")
@@ -784,18 +778,18 @@ def fine_tune(args, dtype, device, emulated):
         signal.signal(number, handler)
 
     # After
-    with whole() as full:
+    with whole() as complete:
         if args.method == "prefix":
-            prefix.fold_prefix(full)  # what only made the parameters has done its work
+            prefix.fold_prefix(complete)  # what only made the parameters has done its work
         if args.method == "ptuning":
-            ptuning.fold_ptuning(full)
-        loss_after, bits_after = evaluate(full, valid, device, rank, world)
+            ptuning.fold_ptuning(complete)
+        loss_after, bits_after = evaluate(complete, valid, device, rank, world)
         check(loss_after)
-        accuracy_after = accuracy(full, valid, device, rank, world) if args.data == "modules" else None
-        peak = max(run["peak"], in_use(device)[1] - memory_before)
+        accuracy_after = accuracy(complete, valid, device, rank, world) if args.data == "modules" else None
+        note_peak()
         if rank == 0:
-            sample_after = sample(full, encoding, text, device, args.seed)
-            stored, stored_bytes = save_trained(full, encoding, args, out)
+            sample_after = sample(complete, encoding, text, device, args.seed)
+            stored, stored_bytes = save_trained(complete, encoding, args, out)
     if engine is not None:
         dist.destroy_process_group()
     if rank > 0:
@@ -809,7 +803,7 @@ def fine_tune(args, dtype, device, emulated):
         "loss_before": run["loss_before"], "loss_after": loss_after,
         "bits_per_byte_before": run["bits_before"], "bits_per_byte_after": bits_after,
         "accuracy_before": run["accuracy_before"], "accuracy_after": accuracy_after,
-        "tokens_per_second": run["tokens"] / run["training_seconds"], "peak_memory_bytes": peak,
+        "tokens_per_second": run["tokens"] / run["training_seconds"], "peak_memory_bytes": run["peak"],
         "seconds": run["seconds"] + time.time() - began, "skipped_steps": run["skipped"], "ranks": world,
         "predicted_bytes": predicted, "measured_bytes": measured,
         "sent_elements": sent,
@@ -829,7 +823,7 @@ def fine_tune(args, dtype, device, emulated):
     if accuracy_after is not None:
         print(f"accuracy     {run['accuracy_before']:.1%} before, {accuracy_after:.1%} after")
     print(f"speed        {result['tokens_per_second']:,.0f} tokens/s, {result['seconds']:.0f} s in all")
-    print(f"memory       {peak / 1e9:.2f} GB at the peak, base included")
+    print(f"memory       {run['peak'] / 1e9:.2f} GB at the peak, base included")
     if run["skipped"]:
         print(f"skipped      {run['skipped']} steps, on which a gradient overflowed fp16")
     for number, (what, size) in enumerate(measured.items()):
@@ -837,7 +831,7 @@ def fine_tune(args, dtype, device, emulated):
         print(f"{'' if number else 'memory of':12} {what:12} {size / 1e6:9.3f} MB{beside}")
     for number, (collective, size) in enumerate(sent.items()):
         print(f"{'' if number else 'sent':12} {collective:12} {size:,.0f} elements in a step")
-    print(f"files        {', '.join(str(out / f) for f in sorted(p.name for p in out.iterdir()))}")
+    print(f"files        {', '.join(sorted(map(str, out.iterdir())))}")
 
 
 def smooth(losses):
@@ -853,12 +847,10 @@ def escape(name):
 
 
 def plot(path, losses, before, after, title):
-    import matplotlib
+    from matplotlib.figure import Figure  # takes a second
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
     axes.plot(steps, smooth(losses), color="tab:blue", label="training")
@@ -868,7 +860,6 @@ def plot(path, losses, before, after, title):
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------- comparison
@@ -915,9 +906,8 @@ def compare(args, given):
         cost = [f"{r['tokens_per_second']:,.0f}", f"{r['peak_memory_bytes'] / 1e9:.2f} GB"]
         rows.append([name, *counts, *stored, *quality, *cost])
     widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * w for w in widths])
     table = "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in rows)
-    head, _, body = table.partition("\n")
-    table = f"{head}\n|{'|'.join('-' * (w + 2) for w in widths)}|\n{body}"
     write(out / "compare.json", json.dumps(results, indent=2).encode())
     write(out / "compare.png", lambda path: plot_comparison(path, results, measure, escape(args.data)))
     print(f"\n{table}\n\n{out}/compare.json, {out}/compare.png")
@@ -925,12 +915,10 @@ def compare(args, given):
 
 def plot_comparison(path, results, measure, task):
     """Left: what each method reaches, against how much it trains. Right: its training loss."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for i, (name, r) in enumerate(results.items()):
         x, y, color = r["trained_parameters"], r[f"{measure}_after"], f"C{i}"
         left.scatter(x, y, color=color, zorder=3)
@@ -946,7 +934,6 @@ def plot_comparison(path, results, measure, task):
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)
 
 
 if __name__ == "__main__":
@@ -966,7 +953,7 @@ if __name__ == "__main__":
         if isinstance(error, KeyboardInterrupt):
             line = "stopped; what was saved stays, and the same command with --resume goes on from it"
         elif isinstance(error, (RuntimeError, MemoryError)):
-            if "memory" not in repr(error).lower():
+            if "memory" not in repr(error).lower() or "illegal" in repr(error):
                 raise
             line = f"out of memory: a smaller --batch or --length, or another --method, takes less: {line}"
         # One line without control characters, whatever a file had for a name

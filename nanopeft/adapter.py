@@ -147,10 +147,9 @@ def add_adapter(model, targets=None, *, placement="houlsby", reduction=None, bot
     if activation is None:
         activation = "silu" if placement == "houlsby" else "relu"
     config = {
-        "peft_type": "BOTTLENECK_ADAPTER", "task_type": "CAUSAL_LM", "placement": placement,
+        "peft_type": "BOTTLENECK_ADAPTER", "placement": placement, "activation": activation,
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "reduction": 16 if reduction is None and bottleneck is None else reduction, "bottleneck": bottleneck,
-        "activation": activation, "inference_mode": True,
     }  # fmt: skip
     wrap(model, new_adapters(model, **adapter_arguments(config)))
     model.adapter_config = config
@@ -178,10 +177,7 @@ def add_fusion(model, adapters):
             load(named_tensors(stack, "adapter"), state)
         stacks.append(stack)
     wrap(model, {name: Fusion([stack[name] for stack in stacks]) for name in stacks[0]})
-    configs = [dict(config) for config, _ in adapters]
-    model.fusion_config = {
-        "peft_type": "ADAPTER_FUSION", "task_type": "CAUSAL_LM", "adapters": configs, "inference_mode": True,
-    }  # fmt: skip
+    model.fusion_config = {"peft_type": "ADAPTER_FUSION", "adapters": [dict(config) for config, _ in adapters]}
     return model
 
 
@@ -243,7 +239,7 @@ def find_activation(activation):
     function = getattr(F, activation, None) if isinstance(activation, str) else activation
     try:
         fits = function(torch.zeros(2, 4)).shape == (2, 4)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, AssertionError):
+    except Exception:  # whatever a function that is no activation may raise
         fits = False
     if not fits or (isinstance(function, nn.Module) and list(function.parameters())):
         rule = "a name in torch.nn.functional, or a function that keeps the shape and has no parameters"
@@ -259,8 +255,8 @@ def names(layers):
 def find_targets(model, targets, placement):
     """{name: layer} of what `targets` names; Error if that is nothing, or no layer that the placement is for."""
     modules = {n: m for n, m in model.named_modules() if n}
-    fitting = {n: m for n, m in modules.items() if (is_linear if placement == "houlsby" else holds_linear)(m)}
-    fitting = {n: m for n, m in fitting.items() if not isinstance(m, (nn.ModuleList, nn.ModuleDict))}
+    fits = is_linear if placement == "houlsby" else holds_linear
+    fitting = {n: m for n, m in modules.items() if fits(m) and not isinstance(m, (nn.ModuleList, nn.ModuleDict))}
     if targets == "blocks":
         lists = [n for n, m in modules.items() if isinstance(m, nn.ModuleList) and holds_linear(m)]
         lists = [n for n in lists if not any(n.startswith(f"{outer}.") for outer in lists)]
@@ -291,8 +287,7 @@ def find_targets(model, targets, placement):
 
 def adapter_layers(model, kind=(Adapter, Fusion)):
     """{name: layer} of the wrapped layers."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, AdapterLayer)}
-    return {n: m for n, m in layers.items() if isinstance(m.adapter, kind)}
+    return {n: m for n, m in model.named_modules() if isinstance(m, AdapterLayer) and isinstance(m.adapter, kind)}
 
 
 def remove_adapter(model):
@@ -398,8 +393,8 @@ def adapter_arguments(config):
     """add_adapter's arguments, from an adapter_config.json. Error for what add_adapter cannot have written."""
     if not isinstance(config, dict) or config.get("peft_type") != "BOTTLENECK_ADAPTER":
         raise Error("this is no bottleneck adapter's configuration: its peft_type must be BOTTLENECK_ADAPTER")
-    keys = {"targets": "target_modules", **{key: key for key in ("placement", "reduction", "bottleneck", "activation")}}
-    arguments = {argument: config.get(key) for argument, key in keys.items()}
+    arguments = {key: config.get(key) for key in ("placement", "reduction", "bottleneck", "activation")}
+    arguments = {"targets": config.get("target_modules"), **arguments}
     targets, placement, reduction, bottleneck, activation = arguments.values()
     if placement not in ("houlsby", "pfeiffer"):
         raise Error(f"placement must be houlsby or pfeiffer, not {placement!r}")

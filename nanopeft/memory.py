@@ -30,8 +30,9 @@ while another tensor needs the room: they ride out a peak and change no sum. The
 
 Activations are what forward keeps for backward. A linear layer x Wᵀ keeps x for dW, and for dx only W: frozen it keeps
 nothing, but LoRA beside it keeps x for dA. Below the first trained parameter nothing is kept. For our GPT on a CPU this
-is exact, and the peak to 3 in a hundred (one thread); a GPU has norms' statistics in fp32 and a few bytes of random
-state; a Llama is counted as if written like our GPT. torch.compile keeps what it likes.
+is exact, and the peak to 3 in a hundred (one thread; the fp32 copies of wide.py come on top). A GPU has norms'
+statistics in fp32, a few bytes of random state, and a higher peak, for it takes the loss and AdamW in larger pieces. A
+Llama is counted as if written like our GPT. torch.compile keeps what it likes.
 
 Letters: B rows, T tokens, n = B T; L layers, d width, w that of all heads' keys, f the MLP's, H heads, V vocabulary, P
 positions; e bytes of the run's type; r rank, m bottleneck, N adapters (or devices), p vectors of a prompt or prefix, h
@@ -54,6 +55,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
+from nanopeft import adamw, gpt
 from nanopeft.zero import zero_bytes
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -132,18 +134,16 @@ def find_sizes(name):
     """Of one of MODELS, a number such as 6B (which has Ψ and no layers), a config.json, or a folder that has one."""
     if name in MODELS:
         return sizes_of(MODELS[name])
-    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+    path = Path(name) / "config.json" if os.path.isdir(name) else Path(name)
     try:
-        if path.is_file():
+        if os.path.isfile(path):  # Path.is_file raises if the name is too long
             return sizes_of(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, Error
         raise Error(f"{path} is no config.json that can be counted: {error}") from None
-    if not re.match(r"[-+.]?\d", name):
-        raise Error(f"{name!r} is no size (6B, 124M), no config.json, and none of {', '.join(MODELS)}")
     match = re.fullmatch(r"(\d+\.?\d*)([KMBT])", name.upper())
     n = round(float(match[1]) * 1000 ** ("KMBT".index(match[2]) + 1)) if match else 0
     if not 1 <= n <= 1e15:
-        raise Error(f"a size is a number with K, M, B or T after it, such as 6B, and 1000T at most: not {name!r}")
+        raise Error(f"{name!r} is no size (124M, 6B; 1000T at most), no config.json, and none of {', '.join(MODELS)}")
     return SimpleNamespace(Ψ=n, linears={})
 
 
@@ -254,11 +254,11 @@ def activations(s):
         if when:
             kept[what, formula] += 1
 
-    def read(layers, what, formula, kept_already=False):
+    def read(layers, what, formula, anyway=False):
         """Linear layers with one input. A frozen one does not keep it: dx = dy W takes the weight alone."""
         nonlocal flows
         adapted = [name for name in layers if name in s.targets]
-        keep(what, formula, (s.full or adapted) and not kept_already)
+        keep(what, formula, s.full or adapted or anyway)
         for name in adapted:
             n_in, n_out = layers[name]
             keep("x Aᵀ", "n*r*e")
@@ -273,14 +273,6 @@ def activations(s):
             keep("16 bits of Down, Up", "2*d*m*e" if flows else "d*m*e", half)
             flows = True
 
-    def fusion():
-        nonlocal flows
-        keep("x + m, Q (x + m), Σ p z, z and p", "n*(3*d + N*d + N)*e")
-        keep("q K, and in adapters", "n*(d + N*m)*e", flows)
-        keep("16 bits of Q, K, V, Down, Up", "(3*d + 1 + 2*N*m)*d*e" if flows else "(2*d + 1)*d*e", half)
-        keep("I - V of the penalty", "4*d*d")
-        flows = True
-
     norm = ("inputs of norms, and statistics", "n*(d + 2)*e" if s.kind == "gpt2" else "n*(d + 1)*e")
     qkv, out, up, down = s.groups
     for _ in range(s.L):
@@ -291,8 +283,7 @@ def activations(s):
             flows = True
         attends = flows
         keep("q, k, v, and log-sums of attention", "n*(d + 2*w)*e + 4*n*H", attends)
-        keep("outputs of attention", "n*d*e", attends)
-        read(out, "outputs of attention", "n*d*e", kept_already=attends)
+        read(out, "outputs of attention", "n*d*e", anyway=attends)  # attention itself keeps them
         adapter(after_attention=True)
         keep(*norm, flows)
         read(up, "outputs of norms", "n*d*e")
@@ -301,7 +292,11 @@ def activations(s):
         read(down, "inputs of the MLP's last layer", "n*f*e")
         adapter()
         if s.method == "fusion":
-            fusion()
+            keep("x + m, Q (x + m), Σ p z, z and p", "n*(3*d + N*d + N)*e")
+            keep("q K, and in adapters", "n*(d + N*m)*e", flows)
+            keep("16 bits of Q, K, V, Down, Up", "(3*d + 1 + 2*N*m)*d*e" if flows else "(2*d + 1)*d*e", half)
+            keep("I - V of the penalty", "4*d*d")
+            flows = True
     keep(*norm, flows)
     keep("token ids and positions", "8*(n + T)", s.full)
     if s.method == "prefix" and s.h:
@@ -326,36 +321,32 @@ def lstm_bytes(p, d, h, layers):
         return saved()
 
 
-def peak(s):
-    """The fullest moment of a step, in bytes; what is small is left out."""
-    state = states(s)
-    s.saved, s.gradients = total(activations(s)), total(state["gradients"])
-    s.stays = total(state["parameters"] + state["optimizer"]) + (s.gradients if s.accumulate > 1 else 0)
+def peak(s, found):
+    """The fullest moment of a step, in bytes, given what stands and is kept; what is small is left out."""
+    s.saved, s.gradients = total(found["activations"]), total(found["gradients"])
+    s.stays = total(found["parameters"] + found["optimizer"])
     # A chunk's logits and their gradient, and for a few rows at a time the log-softmax in fp32, which is made from 16
     # bits by way of an fp32 copy. A trained head's gradient is summed in fp32: it gets there by way of a copy as well.
     s.R = min(max(256, (1 << 21) // s.V), s.B * (s.text - 1))
     s.R2 = min(s.R, s.B * (s.text - 1) - s.R)
-    s.F = min(s.R, max(1, (torch.get_num_threads() << 17) // s.V))
+    s.F = min(s.R, max(1, gpt.CHUNK * torch.get_num_threads() // s.V))
     copy, head = ("4" if s.e == 2 else "0"), ("V*d" if s.full else "0")
     chunks = [f"2*R*V*e + F*V*(4 + {copy})", f"2*R*V*e + {head}*(e + {copy})"]
+    early = {"what stays": "stays", "activations": "saved"}
+    early |= {"gradients of earlier micro-batches": "gradients"} if s.accumulate > 1 else {}
+    late = {"what stays": "stays", "gradients": "gradients"}
     moments = {
         "in the loss": {
+            **early,
             "logits of a chunk": f"max({', '.join(chunks)})",
             "output": f"({2 + (s.T > s.text)}*n + 3*R2)*d*e",
         },
-        "in backward": {"both sides of GELU": "2*n*f*e", "residual stream": "n*d*e"},
-        "after backward": {
-            "gradients": "gradients",
-            "embedding's, by head and by input": f"{head}*e",
-            "input's": "n*d*e",
-        },
-        "in the optimizer": {"gradients": "gradients", "AdamW's chunks": f"2*4*{torch.get_num_threads() << 16}"},
+        "in backward": {**early, "both sides of GELU": "2*n*f*e", "residual stream": "n*d*e"},
+        "after backward": {**late, "embedding's, by head and by input": f"{head}*e", "input's": "n*d*e"},
+        "in the optimizer": {**late, "AdamW's chunks": f"2*4*{adamw.CHUNK * torch.get_num_threads()}"},
     }
-    for when, parts in moments.items():
-        early = {"activations": "saved"} if when in ("in the loss", "in backward") else {}
-        parts = {"what stays": "stays"} | early | parts
-        moments[when] = items({f"{when}: {what}": of for what, of in parts.items()}, s)
-    return max(moments.values(), key=total)
+    found = [items({f"{when}: {what}": of for what, of in parts.items()}, s) for when, parts in moments.items()]
+    return max(found, key=total)
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
@@ -392,8 +383,7 @@ def kept_by(engine):
 @contextmanager
 def sent_elements():
     """`with sent_elements() as sent: one step`: {collective: elements that this rank sends}; single numbers aside."""
-    sent, originals = Counter(), {}
-    world = dist.get_world_size()
+    sent, world = Counter(), dist.get_world_size()
     # Of a tensor of n elements all but this rank's own share goes out; on gloo all-gather is messages to the others
     share = {
         "all_reduce": ("all_reduce", 2 * (world - 1) / world),
@@ -404,8 +394,8 @@ def sent_elements():
         "all_gather_single": ("all_gather", world - 1),
         "isend": ("all_gather", 1),
     }
-    for function in [name for name in share if hasattr(dist, name)]:
-        originals[function] = getattr(dist, function)
+    originals = {name: getattr(dist, name) for name in share if hasattr(dist, name)}  # torch 2.13 renamed some
+    for function in originals:
 
         def counted(*arguments, function=function, **options):
             n = [x for x in arguments if torch.is_tensor(x)][-1].numel()
@@ -421,28 +411,21 @@ def sent_elements():
             setattr(dist, name, original)
 
 
-class Saved:
-    """A tensor that autograd keeps; alive as long as autograd keeps it."""
-
-    def __init__(self, tensor):
-        self.tensor = tensor.detach()
-
-
 @contextmanager
 def saved_bytes(stored):
     """`with saved_bytes([*model.parameters(), *model.buffers()]) as count: loss = ...`; count() before backward."""
-    alive = weakref.WeakSet()
+    alive = weakref.WeakSet()  # a tensor is in it for as long as autograd keeps it
 
     def pack(tensor):
-        saved = Saved(tensor)
+        saved = tensor.detach()
         alive.add(saved)
         return saved
 
     def count():
         own = storages(stored)
-        return sum(size for at, size in storages([s.tensor for s in alive]).items() if at not in own)
+        return sum(size for at, size in storages(alive).items() if at not in own)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         yield count
 
 
@@ -467,7 +450,7 @@ def peak_bytes(stored, device):
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device)
         return
-    total = peak = sum(storages(stored).values())
+    now = peak = sum(storages(stored).values())
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
     with quiet():
         profiler.start()
@@ -478,17 +461,22 @@ def peak_bytes(stored, device):
             profiler.stop()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
+        now += event.nbytes()
+        peak = max(peak, now)
 
 
 # -------------------------------------------------------------------------------------------------------------- answers
 
 
-def predict(config, method, precision="fp32", batch=16, length=128, accumulate=1, **settings):
+def step(s):
     """A step of training: {"parameters", "gradients", "optimizer", "activations", "peak": [(what, formula, bytes)]}."""
-    s = run_of(sizes_of(config), method, precision, batch, length, accumulate, **settings)
-    return states(s) | {"activations": activations(s), "peak": peak(s)}
+    found = states(s) | {"activations": activations(s)}
+    return found | {"peak": peak(s, found)}
+
+
+def predict(config, *run, **settings):
+    """The same, from a config.json and run_of's other arguments."""
+    return step(run_of(sizes_of(config), *run, **settings))
 
 
 def inference(s):
@@ -506,7 +494,8 @@ def training(s, gpus=1, stages=range(4), rank=8):
         run = run_of(s, "lora", length=1, rank=rank)
         t = total(items(trained(run), run))
     else:  # as if of 12 L d² weights with d = 128 L, which most models are near; LoRA has 16 r d in each layer
-        t = round(s.Ψ * 4 * rank / (3 * (128 * s.Ψ / 12) ** (1 / 3)))
+        d = (128 * s.Ψ / 12) ** (1 / 3)
+        t = round(d / 128 * 16 * rank * d)
     nf4_model = inference(s)[3][2]
     found = {
         "all in fp32": ("4*Ψ", "4*Ψ", "(4 + 4)*Ψ"), "all in 16 bits": ("2*Ψ", "2*Ψ", "(2 + 2)*Ψ"),
@@ -530,7 +519,7 @@ def training(s, gpus=1, stages=range(4), rank=8):
 def positive(text):
     n = int(text)
     if not 1 <= n <= 1 << 20:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"must be from 1 to {1 << 20}, not {n}")
     return n
 
 
@@ -547,19 +536,18 @@ def arguments():
     add("--gpus", type=positive, help="states of training on each of so many devices")
     add("--stage", type=int, choices=range(4), help="with --gpus: this stage of ZeRO alone")
     add("--method", choices=[*SETTINGS], help="a step of training, item by item")
-    add("--precision", choices=[*BYTES], default="bf16", help="of the model and the arithmetic (bf16)")
-    add("--batch", type=positive, default=1, help="rows in a batch (1)")
-    add("--length", type=positive, default=512, help="tokens in a row (512)")
+    add("--precision", choices=[*BYTES], help="of the model and the arithmetic (bf16)")
+    add("--batch", type=positive, help="rows in a batch (1)")
+    add("--length", type=positive, help="tokens in a row (512, or half of the model's positions)")
     add("--rank", type=positive, help="lora, qlora (8)")
     add("--quant", choices=["nf4", "int8"], help="qlora (nf4)")
     add("--bottleneck", type=positive, help="adapter, fusion (a sixteenth of the width)")
     add("--tokens", type=positive, help="prefix, prompt, ptuning (20)")
     add("--json", action="store_true", help="bytes, as JSON")
     args = parser.parse_args()
-    args.sizes = find_sizes(args.model)
-
     # A flag works or is refused
-    given = {name for name in vars(args) if vars(args)[name] != parser.get_default(name)} - {"model", "sizes", "json"}
+    given = {name for name, value in vars(args).items() if value is not None} - {"model", "json"}
+    args.sizes = find_sizes(args.model)
     if args.method and not args.sizes.linears:
         raise Error(f"{args.model} has no layers for --method: give a config.json, or one of {', '.join(MODELS)}")
     if args.gpus:
@@ -582,10 +570,9 @@ def main():
     elif not s.linears:
         parts = {"weights": inference(s)}
     else:
-        s = run_of(s, args.method or "full", args.precision, args.batch, args.length, **args.settings)
-        parts = (
-            states(s) | {"activations": activations(s), "peak": peak(s)} if args.method else {"weights": inference(s)}
-        )
+        length = args.length or min(512, max(1, s.P // 2))
+        s = run_of(s, args.method or "full", args.precision or "bf16", args.batch or 1, length, **args.settings)
+        parts = step(s) if args.method else {"weights": inference(s)}
         letters = [x for x in (*"ΨLdwfHVPBTnermNph", "R", "R2", "F") if getattr(s, x, None)]
         parts["beside it"] = items({"keys and values, to generate": "2*L*n*w*e", "logits, if held whole": "n*V*e"}, s)
     if args.json:

@@ -167,6 +167,11 @@ def test_peak_of_a_step(method, precision, batch, accumulate):
     assert_peak(NANO, method, precision, batch, 128, {}, accumulate)
 
 
+def test_peak_after_backward():
+    """So it is where the peak comes after backward, and gradients of an earlier micro-batch must not count twice."""
+    assert_peak(NANO, "full", "fp32", 1, 8, {}, 2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method, how", VARIANTS, ids=str)
@@ -373,11 +378,21 @@ def test_command_line_of_a_step(method, capsys, monkeypatch):
     assert [item["bytes"] for item in found["beside it"]] == [2 * 12 * 768 * 4 * tokens * 4, 4 * tokens * 50257 * 4]
 
 
+@pytest.mark.parametrize("method", memory.SETTINGS)
+def test_a_step_of_the_base_by_default(method, capsys, monkeypatch):
+    """Without further flags a step fits the base's 512 positions, with every method."""
+    found = json.loads(run(capsys, monkeypatch, "nano", "--method", method, "--json"))
+    step = memory.predict(memory.MODELS["nano"], method, "bf16", 1, 256)
+    for part, items in step.items():
+        assert [(item["what"], item["formula"], item["bytes"]) for item in found[part]] == items
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ("7X", "7X"), ("-6B", "6B"), ("0B", "0B"), ("9999999T", "9999999T"), ("1e9", "1e9"), ("6", "6"), ("", "''"),
-        ("nanB", "nanB"), ("gpt5", "gpt5"), ("pyproject.toml", "config.json"), ("6B --batch 3", "batch"),
+        ("nanB", "nanB"), ("gpt5", "gpt5"), ("pyproject.toml", "config.json"), ("6B --batch 1", "batch"),
+        ("a" * 300, "aaa"), ("7B --gpus 8 --precision bf16", "precision"), ("gpt2 --length x", "length"),
         ("7B --gpus 0", "gpus"), ("7B --gpus -1", "gpus"), ("7B --gpus x", "gpus"), ("7B --gpus 8 --stage 4", "stage"),
         ("7B --stage 2", "stage"), ("7B --method lora", "7B"), ("gpt2 --rank 3", "rank"),
         ("gpt2 --gpus 8 --method lora", "method"), ("gpt2 --method lora --stage 2", "stage"),

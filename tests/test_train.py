@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from nanopeft import adamw, data, gpt, wide, zero
+from nanopeft import adamw, data, gpt, ptuning, wide, zero
 
 SCRIPT = Path(__file__).parent.parent / "train.py"
 RESULT_KEYS = {
@@ -286,6 +286,36 @@ def test_all_methods_beside_each_other(monkeypatch, files, tmp_path, capsys):
     assert len(table) == 3 + len(results) and len({len(line) for line in table}) == 1
 
 
+def test_full_training_after_an_adapter_in_one_folder(monkeypatch, files, tmp_path):
+    """--generate opens what the last run left, though an earlier one left an adapter in the same folder."""
+    for method in ("lora", "full"):
+        train(monkeypatch, files, tmp_path, f"--method {method} --steps 1")
+    model, _ = runpy.run_path(str(SCRIPT))["load_trained"](tmp_path, torch.float32, torch.device("cpu"))
+    trained = load_file(tmp_path / "model.safetensors")["transformer.wte.weight"]
+    assert torch.equal(model.transformer.wte.weight, trained)
+
+
+@pytest.mark.parametrize("template", [None, "[P][P]{source}[P][P]"])
+def test_accuracy_where_the_longest_do_not_fit_one_another(files, template):
+    """Rows that fit the positions alone, but not with the batch's longest completion, are each scored whole.
+
+    A model that gives one token always is right where all of the completion is that token.
+    """
+    encoding = data.load_tokenizer(files / "base")
+    base = gpt.GPT(vocab_size=encoding.n_vocab, n_positions=16, n_embd=8, n_layer=1, n_head=1)
+    torch.nn.init.ones_(base.lm_head.weight)
+    base.transformer.ln_f.weight.data.zero_()
+    base.transformer.ln_f.bias.data.fill_(1.0)
+    base.lm_head.weight.data[9] += 1  # the likeliest, whatever was read
+    model = ptuning.PTuning(base, template=template) if template else base
+    fill = runpy.run_path(str(SCRIPT))["fill"]
+    examples = data.Examples([("a", "b")] * 2, encoding, 12)
+    pairs = [([encoding.eot_token, *[5] * 9], [9, 9]), ([encoding.eot_token], [9] * 9), ([encoding.eot_token], [9, 8])]
+    examples.items = [(fill(model, prompt, encoding), completion) for prompt, completion in pairs]
+    found = runpy.run_path(str(SCRIPT))["accuracy"](model, examples, torch.device("cpu"))
+    assert found == pytest.approx(2 / 3)
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_bits_per_byte_is_about_text(files, name):
     """A model that knows nothing costs ln V nats a scored token, end-of-text included, spread over the scored bytes.
@@ -324,7 +354,7 @@ def test_bits_per_byte_is_about_text(files, name):
         (["--device", "abacus"], "--device abacus"),
         (["--method", "magic"], "lora"),
         (["--method", "full", "--rank", "4"], "--rank belongs"),
-        (["--method", "all", "--rank", "4"], "--rank belongs"),
+        (["--method", "all", "--rank", "4"], "leave it out with --method all"),
         (["--method", "prompt", "--tokens", "0"], "n_tokens must be"),
         (["--method", "prompt", "--init", ""], "empty"),
         (["--method", "prompt", "--tokens", "60"], "4 are left for the text"),
@@ -346,6 +376,9 @@ def test_bits_per_byte_is_about_text(files, name):
         (["--generate", "{files}/base", "--steps", "3"], "leave out"),
         (["--prompt", "word " * 80], "tokens"),
         (["--wrong"], "--wrong"),
+        (["--deb"], "--deb"),
+        (["--generate", ""], "config.json"),
+        (["--generate", "{kind}"], "'IA3'"),
     ],
 )  # fmt: skip
 def test_bad_input_gives_one_line_and_code_2(monkeypatch, files, tmp_path, capsys, flags, says):
@@ -360,6 +393,10 @@ def test_bad_input_gives_one_line_and_code_2(monkeypatch, files, tmp_path, capsy
     for key, (name, content) in contents.items():
         paths[key] = tmp_path / name
         paths[key].write_bytes(content)
+    paths["kind"] = tmp_path / "kind"
+    paths["kind"].mkdir()
+    (paths["kind"] / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    save_file({}, paths["kind"] / "adapter_model.safetensors")
     monkeypatch.chdir(tmp_path)
     command = [flag.format(**paths) for flag in flags]
     quick = {"--base": f"{files}/base", "--data": f"{files}/a.txt", "--steps": "6", "--length": "32", "--out": "out"}
