@@ -16,8 +16,9 @@ dA = s Bᵀ dyᵀ x is zero as well, while dB = s dyᵀ (x Aᵀ) is not: the fir
 zero, both gradients would be, for ever. Which of them is zero is free; for embeddings it is A, as in the paper's code.
 
 Why α / r: so that α and the learning rate need not be tuned anew for each r (the paper, section 4.1). But a step η of
-gradient descent on B changes W by -η s dB A = -η s² (dyᵀ x) AᵀA, and AᵀA grows like r: at s = α / r the change shrinks
-as r grows, at s = α / √r it keeps its size. Hence rsLoRA, for large r.
+gradient descent on B changes W by -η s dB A = -η s² (dyᵀ x) AᵀA, and AᵀA, a sum over r rows that are drawn alike for
+any r (init="kaiming"), grows like r: at s = α / r the change shrinks as r grows, at s = α / √r it keeps its size. Hence
+rsLoRA, for large r.
 
 Where to put it: on any linear layer or embedding. The paper adapts attention alone, mostly q and v; QLoRA (section 4)
 had to adapt all linear layers to match full fine-tuning, and found that r matters little. `ranks` gives single layers
@@ -132,7 +133,8 @@ def add_lora(model, targets="all-linear", *, r=8, alpha=16, dropout=0.0, ranks=N
     targets: ends of layer names, ("c_attn", "mlp.c_proj"); or one regular expression for the whole name; or
         "all-linear", every linear layer but the head. r: rank. alpha: α. dropout: on the input of A alone.
     ranks: {regular expression for the end of a layer's name: its rank}, as peft's rank_pattern; the first match holds.
-    init: "kaiming" (peft's default) or "gaussian" draws A and sets B = 0; "reverse" sets A = 0 and draws B.
+    init: "kaiming" (peft's default) or "gaussian" draws A and sets B = 0; "reverse" sets A = 0 and draws B. (Embeddings
+        always start with A = 0.)
     Cast the model before, not after: model.to(torch.bfloat16) would cast A and B too.
     Raises Error, with the model untouched, if there is nothing to wrap, or LoRA is there already.
     """

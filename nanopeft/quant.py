@@ -35,6 +35,7 @@ Papers: QLoRA, arXiv 2305.14314, eq. 1 to 4 and appendix E; LLM.int8(), arXiv 22
 arXiv 2110.02861, section 1.3; fp8, arXiv 2209.05433; mixed precision, arXiv 1710.03740.
 """
 
+import math
 from functools import cache
 
 import torch
@@ -288,6 +289,9 @@ def dequantize_nf4(packed, scale, shape, dtype=torch.float32, block_size=64):
     """codes[q] · scale, multiplied in fp32 and then cast."""
     check_block_size(block_size)
     check_scale(scale)
+    n = math.prod(shape)
+    if len(packed) != -(-n // 2) or len(scale) != -(-n // block_size):
+        raise Error(f"{len(packed)} bytes and {len(scale)} scales do not fit {n} numbers in blocks of {block_size}")
     device = packed.device
     pairs = code_pairs(device)
     x = torch.empty(shape, dtype=dtype, device=device)

@@ -3,7 +3,7 @@
 
     C = round16( sum over k of  A[i, k] · B[k, j] )          the products exact, the sum in fp32
 
-That is what bf16 instructions compute. An x86 CPU without AVX-512, as in most laptops, has none, and there torch
+That is what bf16 instructions compute. An x86 CPU without AVX-512, as in many laptops, has none, and there torch
 multiplies one number after the other, on one thread: a step of LoRA on the small base took 25 seconds. In fp32, with a
 copy of each operand for as long as its product takes, it takes 0.9, and in fp32 altogether 0.75.
 

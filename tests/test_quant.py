@@ -183,6 +183,18 @@ def test_scales_of_other_groups_are_refused(wrong):
         quant.dequantize_zero_point(*quant.quantize_zero_point(x, 64), wrong)
 
 
+@given(st.integers(1, 300), st.sampled_from([32, 64, 128]), st.integers(1, 300), st.sampled_from([32, 64, 128]))
+def test_nf4_of_another_size_is_refused(n, block_size, m, other):
+    """NF4 read with a size or block that its bytes and scales do not fit is refused, never filled with garbage."""
+    packed, scale = quant.quantize_nf4(torch.randn(n), block_size)
+    if (-(-n // 2), -(-n // block_size)) == (-(-m // 2), -(-m // other)):
+        assert quant.dequantize_nf4(packed, scale, (m,), block_size=other).shape == (m,)
+    else:
+        with pytest.raises(quant.Error, match="do not fit"):
+            quant.dequantize_nf4(packed, scale, (m,), block_size=other)
+
+
+
 @settings(deadline=None, max_examples=100)
 @given(subnormals(), groupings)
 def test_int8_of_subnormals_is_finite(x, by):
