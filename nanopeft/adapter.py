@@ -211,8 +211,12 @@ def wrap(model, adapters):
 
 
 def replace(model, name, layer):
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
+    """Puts the layer in every place of the one that has this name: a model may call one layer in several."""
+    old = model.get_submodule(name)
+    for parent in [*model.modules()]:
+        for child, module in parent._modules.items():  # named_children would leave out all places but the first
+            if module is old:
+                setattr(parent, child, layer)
 
 
 def is_linear(layer):

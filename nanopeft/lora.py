@@ -170,8 +170,12 @@ def add_lora(model, targets="all-linear", *, r=8, alpha=16, dropout=0.0, ranks=N
 
 
 def replace(model, name, layer):
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
+    """Puts the layer in every place of the one that has this name: a model may call one layer in several."""
+    old = model.get_submodule(name)
+    for parent in [*model.modules()]:
+        for child, module in parent._modules.items():  # named_children would leave out all places but the first
+            if module is old:
+                setattr(parent, child, layer)
 
 
 def is_linear(layer):

@@ -31,7 +31,8 @@ def emulates(dtype):
     """Whether this CPU multiplies matrices of this type more than ten times as slowly as those of fp32.
 
     Two products of 256 x 256, timed on one thread: beside other work two threads wait for each other, and fp32 would
-    look slow. Seen without AVX-512: bf16 and fp16 53 to 70 times, fp64 at most 4. Ask outside of autocast.
+    look slow. Seen without AVX-512: bf16 and fp16 53 to 70 times, fp64 at most 4. Ask outside of autocast and of
+    WideProducts, where all types look alike.
     """
     best, threads = {}, torch.get_num_threads()
     torch.set_num_threads(1)

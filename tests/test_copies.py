@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 import torch
+import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,39 @@ from nanopeft import adapter, gpt, lora, prompt, ptuning
 def test_lora_and_adapter_share_their_words(name):
     """What lora.py and adapter.py both need is the same text in both."""
     assert inspect.getsource(getattr(lora, name)) == inspect.getsource(getattr(adapter, name))
+
+
+@pytest.mark.parametrize("part", ["layer", "block"])
+def test_one_layer_in_several_places(part):
+    """What the model calls in three places is wrapped in all of them, is one set of parameters, and comes off again.
+
+    The oracle is the same wrapped layer, called three times.
+    """
+    torch.manual_seed(0)
+    x, layer = torch.randn(2, 4).double(), nn.Linear(4, 4).double()
+    block = nn.Sequential(layer, nn.Tanh())
+    model = nn.Sequential(*[block] * 3) if part == "block" else nn.Sequential(layer, nn.Tanh(), layer, layer)
+    plain = model(x)
+    lora.add_lora(model, ("0.0" if part == "block" else "0",), r=2, init="reverse")
+    wrapped = next(iter(lora.lora_layers(model).values()))
+    nn.init.normal_(wrapped.lora_A)
+    f = (lambda x: wrapped(x).tanh()) if part == "block" else wrapped
+    expected = f(f(f(x))) if part == "block" else f(f(f(x).tanh()))
+    assert torch.equal(model(x), expected) and not torch.equal(expected, plain)
+    assert (lora.merge_lora(model)(x) - expected).abs().max() <= 1e-12
+    assert torch.equal(lora.remove_lora(lora.unmerge_lora(model))(x), plain)
+
+    model = nn.ModuleList([block] * 3) if part == "block" else nn.ModuleList([layer] * 3)
+    run = lambda: model[2](model[1](model[0](x)))  # noqa: E731
+    plain = run()
+    adapter.add_adapter(model, "0", bottleneck=2, placement="pfeiffer" if part == "block" else "houlsby")
+    wrapped = next(iter(adapter.adapter_layers(model).values()))
+    for p in wrapped.adapter.parameters():
+        nn.init.normal_(p)
+    assert model[0] is model[1] is model[2] is wrapped
+    assert torch.equal(run(), wrapped(wrapped(wrapped(x)))) and not torch.equal(run(), plain)
+    adapter.remove_adapter(model)
+    assert torch.equal(run(), plain)
 
 
 @settings(deadline=None, max_examples=30)
