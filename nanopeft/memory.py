@@ -345,8 +345,8 @@ def peak(s, found):
         "after backward": {**late, "embedding's, by head and by input": f"{head}*e", "input's": "n*d*e"},
         "in the optimizer": {**late, "AdamW's chunks": f"2*4*{adamw.CHUNK * torch.get_num_threads()}"},
     }
-    found = [items({f"{when}: {what}": of for what, of in parts.items()}, s) for when, parts in moments.items()]
-    return max(found, key=total)
+    each = [items({f"{when}: {what}": of for what, of in parts.items()}, s) for when, parts in moments.items()]
+    return max(each, key=total)
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring

@@ -15,9 +15,9 @@ fp32 altogether 0.72 (two threads).
 The mode works below autograd, on each operation that torch carries out: no model has to be changed, what is kept for
 backward stays in 16 bits, and so do weights, gradients and memory between the products.
 
-Left as they are: a matrix times a vector, which is as fast in 16 bits, and the rare ones (addr, sparse matrices).
-Attention rounds less often than with 16-bit instructions, which take its probabilities in 16 bits. torch.compile does
-nothing inside, nor later to a function that was first called inside.
+Left as they are: a matrix times a vector, where the copy costs more than it wins, and what is rare (addr, sparse
+matrices). Attention rounds less often than with 16-bit instructions, which take its probabilities in 16 bits.
+torch.compile does nothing inside, nor later to a function that was first called inside.
 """
 
 import math
@@ -61,11 +61,13 @@ class WideProducts(TorchDispatchMode):
     """Inside it, products of 16-bit matrices on a CPU are taken in 32 bits, and their results rounded to 16."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        op, kwargs = func.overloadpacket, dict(kwargs or {})
-        narrow = args[0].dtype if op in PRODUCTS and args[0].is_cpu else None
+        op, kwargs = func.overloadpacket, kwargs or {}
+        if op not in PRODUCTS or not args[0].is_cpu or args[0].dtype not in (torch.bfloat16, torch.float16):
+            return func(*args, **kwargs)
+        narrow, kwargs = args[0].dtype, dict(kwargs)
         floats = {t.dtype for t in args if torch.is_tensor(t) and t.is_floating_point()}
         # Operands of unequal types are an error, which torch shall report; but attention keeps something in fp32
-        if narrow not in (torch.bfloat16, torch.float16) or (len(floats) > 1 and "attention" not in op.__name__):
+        if len(floats) > 1 and "attention" not in op.__name__:
             return func(*args, **kwargs)
         into = args[0] if op.__name__.endswith("_") else kwargs.pop("out", None)
         widen = lambda t: t.float() if torch.is_tensor(t) and t.dtype == narrow else t  # noqa: E731
