@@ -81,8 +81,10 @@ class ChunkedLoss(torch.autograd.Function):
                 gradients[0][index] = dx.to(loss.dtype)
                 for total, part in zip(gradients[1:], dw, strict=True):
                     if part is not None:
-                        total += part
-            logits = dz = z = d = dx = dw = part = None  # before the next chunk comes on top of them
+                        # In pieces: torch would first copy a part of another type, 86 ms instead of 14 on GPT-2's head
+                        for t, p in zip(*(torch.atleast_1d(t).split(1024) for t in (total, part))):
+                            t += p
+            logits = dz = z = d = dx = dw = part = p = None  # before the next chunk comes on top of them
         ctx.save_for_backward(*gradients)
         return loss
 

@@ -57,6 +57,31 @@ PRODUCTS = {
 } | {ATTENTION}  # fmt: skip
 
 
+def in_pieces(a, b, size=1024):
+    """(m, k) · (k, n), cut along the longest of m, k and n: what is made in fp32 is as small as a piece, and near.
+
+    From 32 MB on, each copy is in new memory, which takes the system longer than the copying. With GPT-2's head of
+    50,257 tokens and 256 rows, the product takes 136 ms instead of 277, and those of its gradients 131 instead of 222
+    (dx) and 160 instead of 224 (dW).
+    """
+    m, k, n = *a.shape, b.size(1)
+    if k >= max(m, n):
+        c = torch.zeros(m, n)
+        for x, y in zip(a.split(size, 1), b.split(size)):
+            c.addmm_(x.float(), y.float())
+        return c.to(a.dtype)
+    c = a.new_empty(m, n)
+    if m >= n:
+        y = b.float()
+        for part, x in zip(c.split(size), a.split(size)):
+            part.copy_(x.float().mm(y))
+    else:
+        x = a.float()
+        for part, y in zip(c.split(size, 1), b.split(size, 1)):
+            part.copy_(x.mm(y.float()))
+    return c
+
+
 class WideProducts(TorchDispatchMode):
     """Inside it, products of 16-bit matrices on a CPU are taken in 32 bits, and their results rounded to 16."""
 
@@ -69,6 +94,10 @@ class WideProducts(TorchDispatchMode):
         # Operands of unequal types are an error, which torch shall report; but attention keeps something in fp32
         if len(floats) > 1 and "attention" not in op.__name__:
             return func(*args, **kwargs)
+        if func == torch.ops.aten.mm.default:
+            (m, k), (rows, n) = args[0].shape, args[1].shape
+            if k == rows and max(m * k, k * n, m * n) >= 1 << 23:
+                return in_pieces(*args)
         into = args[0] if op.__name__.endswith("_") else kwargs.pop("out", None)
         widen = lambda t: t.float() if torch.is_tensor(t) and t.dtype == narrow else t  # noqa: E731
         out = op(*map(widen, args), **{name: widen(t) for name, t in kwargs.items()})

@@ -73,6 +73,37 @@ def test_a_product_is_the_exact_one_rounded(data):
     assert carried_out.types == {torch.float32}
 
 
+@settings(deadline=None, max_examples=20)
+@given(
+    st.permutations([1 << 20, 8, 3]),
+    st.integers(-9, 2000),
+    st.sampled_from([(torch.bfloat16, 2**-8), (torch.float16, 2**-11)]),
+)
+def test_a_large_product_in_pieces_is_the_exact_one_rounded(sizes, more, kind):
+    """However its sides lie to each other, a product with more than 32 MB is fp64's, rounded once.
+
+    The bound is that of the test above.
+    """
+    dtype, unit = kind
+    m, k, n = (size + more * (size > 8) for size in sizes)
+    torch.manual_seed(0)
+    a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype).t()
+    with CarriedOut() as carried_out, WideProducts():
+        y = a @ b
+    A, B = a.double(), b.double()
+    expected, size = A @ B, A.abs() @ B.abs()
+    bound = unit * expected.abs() + (k + 3) * 2**-23 * size + 2**-25
+    assert y.dtype == dtype and y.shape == (m, n) and ((y.double() - expected).abs() <= bound).all()
+    assert carried_out.types == {torch.float32}
+
+
+def test_a_large_product_of_sides_that_do_not_fit_is_refused():
+    """In pieces too, k and k must be equal, and torch says it in its own words."""
+    a, b = torch.ones(2, 1 << 22, dtype=torch.bfloat16), torch.ones((1 << 22) - 1, 2, dtype=torch.bfloat16)
+    with WideProducts(), pytest.raises(RuntimeError, match="cannot be multiplied"):
+        a @ b
+
+
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("shape", [(2, 3, 9), (2, 3, 9, 5)])
 def test_a_convolution_is_fp32s_rounded(dtype, shape):
