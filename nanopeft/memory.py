@@ -326,12 +326,12 @@ def peak(s, found):
     s.saved, s.gradients = total(found["activations"]), total(found["gradients"])
     s.stays = total(found["parameters"] + found["optimizer"])
     # A chunk's logits and their gradient, and for a few rows at a time the log-softmax in fp32, which is made from 16
-    # bits by way of an fp32 copy. A trained head's gradient is summed in fp32: it gets there by way of a copy as well.
+    # bits by way of an fp32 copy. A trained head's gradient comes on top, in the type of the weights.
     s.R = min(max(256, (1 << 21) // s.V), s.B * (s.text - 1))
     s.R2 = min(s.R, s.B * (s.text - 1) - s.R)
     s.F = min(s.R, max(1, gpt.CHUNK * torch.get_num_threads() // s.V))
     copy, head = ("4" if s.e == 2 else "0"), ("V*d" if s.full else "0")
-    chunks = [f"2*R*V*e + F*V*(4 + {copy})", f"2*R*V*e + {head}*(e + {copy})"]
+    chunks = [f"2*R*V*e + F*V*(4 + {copy})", f"2*R*V*e + {head}*e"]
     early = {"what stays": "stays", "activations": "saved"}
     early |= {"gradients of earlier micro-batches": "gradients"} if s.accumulate > 1 else {}
     late = {"what stays": "stays", "gradients": "gradients"}
