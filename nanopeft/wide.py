@@ -66,7 +66,7 @@ def in_pieces(a, b, size=1024):
     """
     m, k, n = *a.shape, b.size(1)
     if k >= max(m, n):
-        c = torch.zeros(m, n)
+        c = a.new_zeros(m, n, dtype=torch.float32)
         for x, y in zip(a.split(size, 1), b.split(size)):
             c.addmm_(x.float(), y.float())
         return c.to(a.dtype)

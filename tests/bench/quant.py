@@ -96,7 +96,7 @@ def speed(rounds):
     }
     emulated = wide.emulates(dtype)  # then a product would take seconds, on both sides
     with wide.WideProducts() if emulated else nullcontext():
-        assert torch.equal(layers["ours, NF4"](x), layer(x))
+        torch.testing.assert_close(layers["ours, NF4"](x), layer(x))  # fp32's sums may go in another order
         race(
             f"linear 3072 x 768 on 1,024 tokens, forward and backward, bf16{', products in fp32' * emulated}",
             {name: lambda module=module: torch.autograd.grad(module(x), x, dy) for name, module in layers.items()},
