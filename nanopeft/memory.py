@@ -17,11 +17,12 @@ So mixed precision saves time and activations, not states.
 
 LoRA freezes 2 Ψ and trains little. 6B in 16 bits is 12 GB, and with a "little extra" about 14. What that is, for 28
 layers of width 4096 (gpt-6b below, 11.71 GB), r = 8 on all linear layers, one row of 512 tokens:
-    A, B, their gradients, m and v      16 bytes · 14.7 million        0.23 GB
+    A, B, m and v                       12 bytes · 14.7 million        0.18 GB
     activations                         about 28 layers · 512 · 16 d · 2 bytes    1.92 GB
-    a chunk of logits, and other things of the moment                  0.07 GB    together 13.9 GB
-It is the activations, and they grow with the batch: with 4 rows the sum is 19.6 GB. Whole logits would be 0.05 GB in
-16 bits, and several times that with their log-softmax and gradient in fp32.
+    a chunk of logits, and other things of the moment                  0.04 GB    together 13.8 GB
+It is the activations, and they grow with the batch: with 4 rows the sum is 19.6 GB. The gradients of A and B, 0.06 GB,
+come when the logits have gone; whole, those would be 0.05 GB in 16 bits, and several times that with their log-softmax
+and gradient in fp32.
 
 ZeRO on N devices divides the optimizer's states (stage 1), the gradients too (2), the parameters too (3): 7B on 8 takes
 112, 38.5, 26.25, 14 GB. Stage 2 is 2Ψ + (2 + 12)Ψ/N; 2Ψ + 2Ψ + 12Ψ/N is stage 1. Memory falls with the stage; so does
@@ -325,13 +326,13 @@ def peak(s, found):
     """The fullest moment of a step, in bytes, given what stands and is kept; what is small is left out."""
     s.saved, s.gradients = total(found["activations"]), total(found["gradients"])
     s.stays = total(found["parameters"] + found["optimizer"])
-    # A chunk's logits and their gradient, and for a few rows at a time the log-softmax in fp32, which is made from 16
-    # bits by way of an fp32 copy. A trained head's gradient comes on top, in the type of the weights.
+    # A chunk's logits, which their gradient takes the place of, and for a few rows at a time the log-softmax in fp32,
+    # made from 16 bits by way of an fp32 copy. A trained head's gradient comes on top, in the type of the weights.
     s.R = min(max(256, (1 << 21) // s.V), s.B * (s.text - 1))
     s.R2 = min(s.R, s.B * (s.text - 1) - s.R)
     s.F = min(s.R, max(1, gpt.CHUNK * torch.get_num_threads() // s.V))
     copy, head = ("4" if s.e == 2 else "0"), ("V*d" if s.full else "0")
-    chunks = [f"2*R*V*e + F*V*(4 + {copy})", f"2*R*V*e + {head}*e"]
+    chunks = [f"R*V*e + F*V*(4 + {copy})", f"R*V*e + {head}*e"]
     early = {"what stays": "stays", "activations": "saved"}
     early |= {"gradients of earlier micro-batches": "gradients"} if s.accumulate > 1 else {}
     late = {"what stays": "stays", "gradients": "gradients"}

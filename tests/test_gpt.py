@@ -84,7 +84,7 @@ def frozen_weight(d, V):
 
 
 HEADS = {
-    "linear": nn.Linear, "tanh": lambda d, V: nn.Sequential(nn.Linear(d, V), nn.Tanh()), "low rank": LowRank,
+    "linear": nn.Linear, "silu": lambda d, V: nn.Sequential(nn.Linear(d, V), nn.SiLU()), "low rank": LowRank,
     "frozen": frozen, "frozen weight": frozen_weight, "unused": Unused,
 }  # fmt: skip
 
@@ -130,6 +130,13 @@ def test_no_label_no_loss(kind):
     loss.backward()
     trained = [x, *(p for p in head.parameters() if p.requires_grad)]
     assert all(t.grad is not None and not t.grad.any() for t in trained)
+
+
+def test_a_head_that_needs_its_output_is_refused():
+    """The derivative of a tanh is made from its output, which dz is written over: an error, and no wrong gradient."""
+    head, x, labels = loss_case(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gpt.chunked_loss(nn.Sequential(head, nn.Tanh()), x, labels, 8)
 
 
 @pytest.mark.parametrize("why", ["no_grad", "nothing trained"])

@@ -194,7 +194,6 @@ def test_nf4_of_another_size_is_refused(n, block_size, m, other):
             quant.dequantize_nf4(packed, scale, (m,), block_size=other)
 
 
-
 @settings(deadline=None, max_examples=100)
 @given(subnormals(), groupings)
 def test_int8_of_subnormals_is_finite(x, by):

@@ -12,8 +12,8 @@ the process's resident memory (VmHWM, Linux) above what it held when the model w
 tokens, and gradients and optimizer were not there; "tight" is the same ratio in one more step, in which the holes that
 malloc keeps in its heap are given back.
 
-Where the CPU emulates bf16, a step in it takes minutes. There we take its products in fp32 (wide.py), and the peer, which
-cannot, runs in fp32 throughout: that is its fastest type then.
+Where the CPU emulates bf16, a step in it takes minutes. There we take its products in fp32 (wide.py), and the peer,
+which cannot, runs in fp32 throughout: that is its fastest type then.
 """
 
 import argparse
