@@ -13,7 +13,8 @@ Count: 2 n L w stored. GPT-2 at n = 20: 368,640 numbers, 0.30 % of it; trained t
 
 Where it is handed over: as `past_key_values`, as if n tokens had been read before. So the real tokens' positions start
 at n, and the context is n shorter. In layers with a sliding window (Mistral, Gemma) the prefix leaves the window like
-any token, and padding between the two counts too: a query `window` places further on no longer sees it.
+any token, and padding between the two counts too: a query `window` places further on no longer sees it. It also counts
+where attention falls off with the distance in the cache (MPT): a padded row then is not what it is alone.
 
 Why it starts from real tokens: no prefix leaves the model as it was. A key of zero still takes exp(0) of the softmax,
 and its value of zero pulls the output down; only scores of -∞ would be neutral, and those have no gradient. The least
@@ -45,11 +46,13 @@ class Error(ValueError):
 
 @torch.no_grad()
 def fit_last_layer(mlp, E, P):
-    """Makes MLP(E) = P (n, 2 L w), by b₂ and the least change of W₂: exactly if n <= m, else as near as can be."""
+    """Makes MLP(E) = P (n, 2 L w), by b₂ and the least change of W₂: exactly if n <= m + 1, else as near as can be."""
+    A, R = mlp[:2](E), P - mlp(E)  # A = tanh(E W₁ᵀ + b₁)  (n, m), and what is missing
+    # ΔW₂ᵀ = (A - Ā)⁺ (R - R̄),  Δb₂ = R̄ - Ā ΔW₂ᵀ  with the tokens' means Ā and R̄: least squares, W₂ and b₂ together.
     # What the tokens share goes to b₂: carried by W₂ it would be lost as soon as the tanh's move
-    mlp[2].bias += (P - mlp(E)).mean(0)
-    # W₂ᵀ += A⁺ (P - MLP(E))  with A = tanh(E W₁ᵀ + b₁)  (n, m)
-    mlp[2].weight += (torch.linalg.pinv(mlp[:2](E)) @ (P - mlp(E))).t()
+    change = torch.linalg.pinv(A - A.mean(0)) @ (R - R.mean(0))  # (m, 2 L w)
+    mlp[2].weight += change.t()
+    mlp[2].bias += R.mean(0) - A.mean(0) @ change
 
 
 # ---------------------------------------------------------------------------------------------------------------- cache
@@ -104,8 +107,9 @@ def keys_and_values(model, ids):
         for module, mode in modes:
             module.training = mode
     found = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-    if len({t.shape for t in found}) != 1:
-        raise Error(f"the layers' keys and values must have one shape, not {sorted({tuple(t.shape) for t in found})}")
+    shapes = {None if t is None else tuple(t.shape) for t in found}  # None: a layer that keeps a state beside the cache
+    if len(shapes) != 1 or None in shapes:
+        raise Error(f"the layers must leave keys and values of one shape in the cache, not {sorted(shapes, key=str)}")
     return torch.cat(found)
 
 
@@ -169,6 +173,10 @@ class PrefixTuning(nn.Module):
         with torch.autocast(self.E.device.type, enabled=False):  # in full precision, as it is folded
             return self.mlp(self.E)
 
+    def check_checkpointing(self):
+        if self.model.training and getattr(self.model, "is_gradient_checkpointing", False):
+            raise Error("gradient checkpointing drops past_key_values, and with it the prefix: turn it off")
+
     def check_room(self, end, position_ids=None):
         config, n = getattr(self.model, "config", None), self.n_tokens
         limit = getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None)
@@ -197,8 +205,7 @@ class PrefixTuning(nn.Module):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise Error("give either input_ids or inputs_embeds")
-        if self.training and getattr(self.model, "is_gradient_checkpointing", False):
-            raise Error("gradient checkpointing drops past_key_values, and with it the prefix: turn it off")
+        self.check_checkpointing()
         B, T = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         cache, n = empty_cache(self.model) if past_key_values is None else past_key_values, self.n_tokens
         if cache.get_seq_length() == 0:
@@ -223,15 +230,21 @@ class PrefixTuning(nn.Module):
 
     @torch.no_grad()
     def generate(self, input_ids, max_new_tokens=64, *, attention_mask=None, **options):
-        """The model's own generate, after the prefix. Prompts of unequal length: padded on the left, with a mask."""
+        """The model's own generate, after the prefix. Prompts of unequal length: padded on the left, with a mask.
+
+        max_new_tokens is the argument's, whatever a generation_config says; the cache, which holds the prefix, is used.
+        """
         if not in_transformers(self.model):  # ours calls whatever model it is handed
             return type(self.model).generate(self, input_ids, max_new_tokens, attention_mask=attention_mask, **options)
+        self.check_checkpointing()
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         self.check_room(self.n_tokens + int(mask.sum(1).max()) + max_new_tokens - 1)  # the last token is not read
         # Beams and samples multiply the rows of the prompt, but not those of a cache
-        defaults = options.get("generation_config") or self.model.generation_config
-        times = [options.get(key) or getattr(defaults, key) or 1 for key in ("num_beams", "num_return_sequences")]
+        places = [SimpleNamespace(**options), options.get("generation_config"), self.model.generation_config]
+        keys = ("num_beams", "num_return_sequences")
+        times = [next((times for at in places if (times := getattr(at, key, None))), 1) for key in keys]
         cache = self.fill(empty_cache(self.model), len(input_ids) * max(times))
+        options["use_cache"] = True
         mask = torch.cat((mask.new_ones(len(mask), self.n_tokens), mask), 1)
         return self.model.generate(
             input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, **{cache_name(self.model): cache}, **options

@@ -118,6 +118,9 @@ class PromptTuning(nn.Module):
         """The embeddings (B, T, d) with P, the mask for that, and each row's pads. In later steps P is in the cache."""
         pads = None if mask is None else (mask.cumsum(1) == 0).sum(1, keepdim=True)  # (B, 1)
         if mask is not None:
+            shape = len(x), x.size(1) + (past - self.n_tokens if past else 0)  # (B, S)
+            if mask.shape != shape:
+                raise Error(f"attention_mask must be {shape}, not {tuple(mask.shape)}: all tokens, and not the prompt")
             mask = join(mask.new_ones(1, self.n_tokens), mask, pads)  # (B, n + S)
         if past == 0:
             x = join(self.prompt_embeddings[None], x, pads)  # (B, n + T, d)
@@ -162,7 +165,10 @@ class PromptTuning(nn.Module):
         return out
 
     def generate(self, input_ids, max_new_tokens=64, *, attention_mask=None, **options):
-        """input_ids and what follows, by the model's own generate and with its options."""
+        """input_ids and what follows, by the model's own generate and with its options.
+
+        max_new_tokens is the argument's, whatever a generation_config says.
+        """
         if not hasattr(self.model, "prepare_inputs_for_generation"):
             # Not transformers': a loop around the call, for which this module is as good as the model
             return type(self.model).generate(self, input_ids, max_new_tokens, attention_mask=attention_mask, **options)
@@ -170,7 +176,8 @@ class PromptTuning(nn.Module):
         x, mask, _ = self.insert(self.model.get_input_embeddings()(input_ids), mask)
         end = int(mask.sum(1).max()) + max_new_tokens - 1  # the last token is not read
         if end > self.limit:
-            raise Error(f"the input and {max_new_tokens} new tokens need {end} positions; the model has {self.limit}")
+            tokens = f"the input, {self.n_tokens} prompt tokens and {max_new_tokens} new ones"
+            raise Error(f"{tokens} need {end} positions; the model has {self.limit}")
         return self.model.generate(
             input_ids=input_ids, inputs_embeds=x, attention_mask=mask, max_new_tokens=max_new_tokens, **options
         )

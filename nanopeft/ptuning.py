@@ -177,6 +177,12 @@ class PTuning(nn.Module):
         """The embeddings of ids (or x) with H, the mask for that, and the pads that H stands behind, (B, 1) or None."""
         # With a past, H is in the cache
         embed, H, pads = self.model.get_input_embeddings(), None if past else self.prompt(), None
+        if mask is not None:
+            B, T = (ids if x is None else x).shape[:2]
+            shape = B, T + past - (self.n_tokens if past and self.pseudo_id is None else 0)  # (B, S)
+            if mask.shape != shape:
+                found = tuple(mask.shape)
+                raise Error(f"attention_mask must be {shape}, not {found}: all tokens, and no vectors put in front")
         if self.pseudo_id is None:
             x = embed(ids) if x is None else x  # (B, T, d)
             if mask is not None:
@@ -187,7 +193,9 @@ class PTuning(nn.Module):
         elif ids is not None:
             slots, expected = ids == self.pseudo_id, 0 if past else self.n_tokens  # (B, T)
             if (slots.sum(1) != expected).any():
-                found = f"{slots.sum(1).tolist()}" + " after the first step" * (past > 0)
+                if past:
+                    raise Error(f"slots stand in the first step: {self.pseudo_id}, the pseudo_id, cannot come later")
+                found = slots.sum(1).tolist()
                 raise Error(
                     f"each row must have {expected} slots, not {found}: cut a long source before it is filled in"
                 )
@@ -239,7 +247,10 @@ class PTuning(nn.Module):
         return out
 
     def generate(self, input_ids, max_new_tokens=64, *, attention_mask=None, **options):
-        """input_ids and what follows, by the model's own generate and with its options."""
+        """input_ids and what follows, by the model's own generate and with its options.
+
+        max_new_tokens is the argument's, whatever a generation_config says.
+        """
         if not hasattr(self.model, "prepare_inputs_for_generation"):
             # Not transformers': a loop around the call, for which this module is as good as the model
             return type(self.model).generate(self, input_ids, max_new_tokens, attention_mask=attention_mask, **options)
@@ -247,7 +258,8 @@ class PTuning(nn.Module):
         x, mask, _ = self.insert(input_ids, None, mask)
         end = int(mask.sum(1).max()) + max_new_tokens - 1  # the last token is not read
         if end > self.limit:
-            raise Error(f"the input and {max_new_tokens} new tokens need {end} positions; the model has {self.limit}")
+            tokens = f"the input, {self.n_tokens} prompt tokens and {max_new_tokens} new ones"
+            raise Error(f"{tokens} need {end} positions; the model has {self.limit}")
         return self.model.generate(
             input_ids=input_ids, inputs_embeds=x, attention_mask=mask, max_new_tokens=max_new_tokens, **options
         )
@@ -258,7 +270,7 @@ class PTuning(nn.Module):
 
 @torch.no_grad()
 def fold_ptuning(model):
-    """Evaluates the encoder once and throws it away: what the model infers is the same, bit for bit."""
+    """Evaluates the encoder once and throws it away: what the model infers (under no_grad) is the same, bit for bit."""
     if model.encoder is not None:
         model.prompt_embeddings, model.encoder = nn.Parameter(model.prompt().clone()), None
     return model

@@ -13,7 +13,7 @@ no processor multiplies NF4. A and B learn on top of Ŵ, and can make up for par
 
 What it costs: 4.127 bits for each quantized weight instead of 16, and two decodings in each step. Activations,
 gradients and Adam's state are LoRA's, and the embeddings stay. So a small model gains less: a step of GPT-2 124M on
-128 tokens needs 204 MB, with LoRA 330, and 79 of each are the embeddings. 65 billion weights shrink from 130 GB to 34.
+128 tokens needs 192 MB, with LoRA 318, and 79 of each are the embeddings. 65 billion weights shrink from 130 GB to 34.
 
 Why not merge into 4 bits: an update is far smaller than the gaps between the codes. On weights of deviation 0.02, an
 update of RMS 0.001 merged and quantized again misses what was trained by an RMS of 0.00102: 1.02 times the update, so

@@ -202,7 +202,7 @@ def test_no_call_leaves_a_trace_in_the_next():
 # ------------------------------------------------------------------------------------------------------------ the start
 
 
-@pytest.mark.parametrize("hidden", [None, 6, 5])  # the MLP's width above the number of tokens, and equal to it
+@pytest.mark.parametrize("hidden", [None, 6, 5, 4])  # the MLP's width around the number of tokens: b₂ gives one more
 @pytest.mark.parametrize("n", [1, 5])
 def test_the_start_is_a_hard_prompt(n, hidden):
     """Started from token ids, with an MLP or without, the model computes what it computes after these very tokens."""
@@ -432,7 +432,7 @@ class Uneven(NoCache):
         (tiny_gpt, dict(n_tokens=2, init=torch.ones(2)), "init must be 2 token ids below 64"),
         (NoCache, {}, "NoCache is no causal LM that takes past_key_values"),
         (Careless, dict(n_tokens=1), "Careless does not run on a cache of keys and values alone"),
-        (Uneven, dict(n_tokens=1), "must have one shape"),
+        (Uneven, dict(n_tokens=1), "of one shape"),
         (lambda: prefix.PrefixTuning(tiny_gpt(), 3), {}, "has a prefix already"),
         (lambda: nn.Sequential(prefix.PrefixTuning(tiny_gpt(), 3)), {}, "has a prefix already"),
     ],

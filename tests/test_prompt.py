@@ -358,6 +358,19 @@ def test_a_prompt_and_a_text_share_the_context():
     assert_close(model(ids, attention_mask=mask).logits[:, 10:], model(ids[:, 10:]).logits)
 
 
+@pytest.mark.parametrize("places", [7, 11])
+def test_a_mask_that_does_not_fit_the_input_is_refused(places):
+    """A mask is the input's own: one with places for the prompt too would shift all positions, and is refused."""
+    model, ids, wrong = prompted(3), torch.randint(V, (2, 8)), torch.ones(2, places, dtype=torch.long)
+    cache = model(ids[:, :5], use_cache=True).past_key_values
+    for call in (
+        lambda: model(ids, attention_mask=wrong),
+        lambda: model(ids[:, 5:], attention_mask=wrong, past_key_values=cache),
+    ):
+        with pytest.raises(prompt.Error, match=r"attention_mask must be \(2, 8\)"):
+            call()
+
+
 def test_wrong_calls_are_refused():
     """A prompt around a prompt, and a call with both or neither of ids and embeddings, say what is wrong."""
     model, ids = prompted(), torch.tensor([[1, 2]])

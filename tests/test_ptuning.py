@@ -257,6 +257,21 @@ def test_a_template_has_its_source_once(template):
         ptuning.fill_template(template, [1], encode, V)
 
 
+@pytest.mark.parametrize("more", [-1, 3])
+def test_a_mask_that_does_not_fit_the_input_is_refused(more):
+    """A mask is the input's own: one with places for the vectors in front would shift all positions, and is refused."""
+    for model, ids in (
+        (tuned(n_tokens=3), torch.randint(V, (2, 8))),
+        (template := tuned(template=TEMPLATE), torch.tensor([template.fill([1, 2, 3], encode)] * 2)),
+    ):
+        T = ids.size(1)
+        cache, step = model(ids, use_cache=True).past_key_values, torch.tensor([[1, 2]] * 2)
+        for x, options, places in ((ids, {}, T), (step, dict(past_key_values=cache), T + 2)):
+            wrong = torch.ones(2, places + more, dtype=torch.long)
+            with pytest.raises(ptuning.Error, match=rf"attention_mask must be \(2, {places}\)"):
+                model(x, attention_mask=wrong, **options)
+
+
 def test_slots_that_were_cut_away_are_missed():
     """Rows with a slot too few or too many, a batch without any, and slots after the first step get one clear line."""
     model = tuned(template=TEMPLATE)
@@ -268,7 +283,7 @@ def test_slots_that_were_cut_away_are_missed():
     with pytest.raises(ptuning.Error, match=r"not \[5\]"):
         model(torch.tensor([[V, *row]]))
     out = model(torch.tensor([row]), use_cache=True)
-    with pytest.raises(ptuning.Error, match=r"must have 0 slots, not \[1\] after the first step"):
+    with pytest.raises(ptuning.Error, match="stand in the first step"):
         model(torch.tensor([[V]]), past_key_values=out.past_key_values)
     with pytest.raises(ptuning.Error, match="found by their ids"):
         model(inputs_embeds=torch.zeros(1, 3, D, dtype=torch.float64))

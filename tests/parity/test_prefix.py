@@ -245,8 +245,22 @@ def test_beams_and_samples(name):
     base.generation_config.num_beams = 3
     assert torch.equal(ours.generate(IDS, num_return_sequences=2, **options), found)
     base.generation_config.num_beams = 1
+    given = transformers.GenerationConfig(do_sample=False)  # what it leaves open is the model's own
+    base.generation_config.num_beams, base.generation_config.num_return_sequences = 3, 2
+    assert torch.equal(ours.generate(IDS, generation_config=given, **options), found)
+    base.generation_config.num_beams, base.generation_config.num_return_sequences = 1, 1
     likeliest = ours.generate(IDS, do_sample=True, top_k=1, num_return_sequences=3, **options)
     assert torch.equal(likeliest, ours.generate(IDS, **options).repeat_interleave(3, 0))
+
+
+def test_a_prefix_is_read_once_without_a_cache_too():
+    """use_cache=False, an option or the model's own, would leave the prefix out or read it twice: the cache is used."""
+    base = tiny("llama")
+    model = wrapped(base)
+    expected = recomputed(model, IDS, 6)
+    assert torch.equal(model.generate(IDS, 6, use_cache=False), expected)
+    base.generation_config.use_cache = False
+    assert torch.equal(model.generate(IDS, 6), expected)
 
 
 def test_a_cache_of_the_callers():
@@ -359,6 +373,7 @@ def test_models_without_keys_and_values_in_every_layer_are_refused():
     """An encoder-decoder and state space models, pure and mixed, are refused in one line, still trainable."""
     sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
     t5 = transformers.T5Config(vocab_size=64, d_model=32, d_ff=32, d_kv=8, num_layers=1, num_heads=4)
+    recurrent = transformers.RecurrentGemmaConfig(**sizes, lru_width=32, num_key_value_heads=2)
     jamba = transformers.JambaConfig(**sizes, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1)
     for model, message in (
         (transformers.T5ForConditionalGeneration(t5), "no causal LM that takes past_key_values"),
@@ -367,6 +382,7 @@ def test_models_without_keys_and_values_in_every_layer_are_refused():
             "no causal LM that takes",
         ),
         (transformers.JambaForCausalLM(jamba), "does not run on a cache of keys and values alone"),
+        (transformers.RecurrentGemmaForCausalLM(recurrent), "must leave keys and values of one shape"),
     ):
         with pytest.raises(prefix.Error, match=message) as caught:
             prefix.PrefixTuning(model, N)
@@ -374,15 +390,21 @@ def test_models_without_keys_and_values_in_every_layer_are_refused():
 
 
 def test_gradient_checkpointing_is_refused():
-    """transformers drops the cache under gradient checkpointing: refused in training, and no matter in evaluation."""
+    """transformers drops the cache under gradient checkpointing: refused in training, and no matter in evaluation.
+
+    The mode is that of the model inside, which a wrapper just made does not share.
+    """
     base = tiny("llama")
     model = wrapped(base)
     with torch.no_grad():
         expected = model(IDS).logits
     base.gradient_checkpointing_enable()
+    model.training = True
     assert torch.equal(model(IDS).logits, expected)
-    with pytest.raises(prefix.Error, match="gradient checkpointing drops past_key_values"):
-        model.train()(IDS)
+    model.eval().model.train()
+    for call in (model, model.generate):
+        with pytest.raises(prefix.Error, match="gradient checkpointing drops past_key_values"):
+            call(IDS)
 
 
 def test_a_prompt_longer_than_the_context():
