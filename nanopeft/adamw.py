@@ -138,9 +138,12 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict):
-        """As torch's, but copies each state in its own dtype: torch would round m, v and master to a 16-bit θ's."""
-        super().load_state_dict({**state_dict, "state": {}})
+        """As torch's, but keeps m, v and master wide, where torch would round them to a 16-bit θ's type.
+
+        Error, with nothing loaded, if a state does not fit its parameter.
+        """
         order = [i for group in state_dict["param_groups"] for i in group["params"]]
+        states = {}
         for i, p in zip(order, [p for group in self.param_groups for p in group["params"]]):
             saved = state_dict["state"].get(i)
             if saved is None:
@@ -148,8 +151,11 @@ class AdamW(torch.optim.Optimizer):
             needed = {"step": (), "m": p.shape, "v": p.shape} | ({"master": p.shape} if p.dtype.itemsize < 4 else {})
             shapes = {k: getattr(x, "shape", ()) for k, x in saved.items()}
             if shapes != needed:
-                raise Error(f"the state of parameter {i} must have {needed}, not {shapes}")
-            self.state[p] = {k: x.to(p.device, copy=True) if torch.is_tensor(x) else x for k, x in saved.items()}
+                raise Error(f"the state of parameter {i}, {p.dtype}, must have {needed}, not {shapes}")
+            wide = torch.promote_types(p.dtype, torch.float32)
+            states[p] = {k: x.to(p.device, wide, copy=True) if torch.is_tensor(x) else x for k, x in saved.items()}
+        super().load_state_dict({**state_dict, "state": {}})
+        self.state.update(states)
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def check_block_size(block_size):
 def quantize_int8(x, by="row"):
     """(q int8 of x's shape, scale fp32 (groups, 1)): symmetric, and -128 is not used."""
     check(x)
-    groups = in_groups(x, by)
+    groups = in_groups(x.detach(), by)
     # scale = max|x| / 127
     scale = groups.abs().amax(1, keepdim=True).float() / 127
     check_finite(scale)
@@ -207,7 +207,7 @@ def dequantize_int8(q, scale, by="row", dtype=torch.float32):
 def quantize_zero_point(x, by="row"):
     """(q int8 of x's shape, scale fp32, zero int8): all 256 codes, over a range that includes 0, so that 0 is exact."""
     check(x)
-    groups = in_groups(x, by).double()
+    groups = in_groups(x.detach(), by).double()
     low, high = groups.amin(1, keepdim=True).clamp(max=0), groups.amax(1, keepdim=True).clamp(min=0)
     # scale = (max - min) / 255,  zero = round(-min / scale) - 128
     scale = ((high - low) / 255).float()
@@ -253,8 +253,9 @@ def quantize_nf4(x, block_size=64):
     x = x.detach().flatten()
     n, device = x.numel(), x.device
     packed = torch.empty(-(-n // 2), dtype=torch.uint8, device=device)
-    scale = torch.empty(-(-n // block_size), device=device)
-    midpoints = [(a + b) / 2 for a, b in zip(torch.tensor(NF4), torch.tensor(NF4[1:]))]  # in fp32
+    scale = torch.empty(-(-n // block_size), dtype=torch.float32, device=device)
+    codes = torch.tensor(NF4, dtype=torch.float32, device="cpu")
+    midpoints = (codes[:-1] + codes[1:]) / 2
     step = block_size * pieces(block_size, device)
     for start in range(0, n, step):
         piece = x[start : start + step].float()
@@ -281,7 +282,7 @@ def quantize_nf4(x, block_size=64):
 @cache
 def code_pairs(device):
     """For each byte its two codes, side by side in the 8 bytes of an int64: one lookup for two weights."""
-    codes = torch.tensor(NF4)
+    codes = torch.tensor(NF4, dtype=torch.float32, device="cpu")
     return torch.cartesian_prod(codes, codes).view(torch.int64)[:, 0].to(device)  # (256,)
 
 
@@ -317,9 +318,10 @@ def dequantize_nf4(packed, scale, shape, dtype=torch.float32, block_size=64):
 @cache
 def dynamic_map(device):
     """256 sorted numbers in [-1, 1], fp32: 2^i of them in each decade 10^(i-7) to 10^(i-6), on either side of 0."""
-    edges = [torch.linspace(0.1, 1, 2**i + 1) for i in range(7)]
+    fp32 = dict(dtype=torch.float32, device="cpu")  # whatever the default is at the first call
+    edges = [torch.linspace(0.1, 1, 2**i + 1, **fp32) for i in range(7)]
     positive = torch.cat([10.0 ** (i - 6) * ((e[:-1] + e[1:]) / 2) for i, e in enumerate(edges)])  # (127,)
-    return torch.cat((-positive, torch.zeros(1), positive, torch.ones(1))).sort().values.to(device)
+    return torch.cat((-positive, torch.tensor([0.0, 1.0], **fp32), positive)).sort().values.to(device)
 
 
 def quantize_scales(scale):

@@ -249,7 +249,7 @@ class ZeRO:
         engine.step(clip=1.0)
 
     model: the same on every rank; rank 0's numbers are taken. optimizer: an element-wise torch optimizer's class.
-    params: as for that class, with groups or without; all that require a gradient, if not given. settings: its own.
+    params: a list of parameters or of groups with lists; all that require a gradient, if not given. settings: its own.
     blocks: the model's modules that run one after the other, once each in forward. Stage 3 holds the one at work and
     gathers the next; between passes no parameter has any element.
     """
@@ -467,8 +467,9 @@ class ZeRO:
     def state_dict(self):
         """What a run needs to go on, by parameter: {name: {"master": its tensor, and what the optimizer keeps of it}}.
 
-        It knows nothing of ranks, stage or padding, so it loads on any number of ranks. All ranks call this; rank 0
-        gets it, in host memory, and the others get {}.
+        It knows nothing of ranks, stage or padding, so it loads on any number of ranks, for the same optimizer. All
+        ranks call this; rank 0 gets it, in host memory, and the others get {}. lr, and for fp16 loss_scale and clean,
+        are the caller's to keep.
         """
         found = {}
         for flat in self.trained:

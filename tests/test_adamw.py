@@ -324,6 +324,18 @@ def test_torchs_loading_would_not_resume():
     assert optimizer.state[params[0]]["master"].dtype == torch.bfloat16
 
 
+def test_a_state_of_fp32_goes_on_in_fp64():
+    """Loaded for parameters of another width, m and v take theirs: the next step is fp64's own."""
+    saved = parameters([(3,)], 0, torch.float32)
+    optimizer = AdamW(saved)
+    train(optimizer, saved, range(1))
+    params = parameters([(3,)], 0, torch.float64)
+    fresh = AdamW(params)
+    fresh.load_state_dict(optimizer.state_dict())
+    assert {fresh.state[params[0]][key].dtype for key in "mv"} == {torch.float64}
+    train(fresh, params, range(1))
+
+
 def test_resume_with_a_parameter_that_had_no_gradient():
     """A parameter that held no state when the run was saved holds none after loading, and can start later."""
     params = parameters([(3,), (2,)], 0)
@@ -339,14 +351,18 @@ def test_resume_with_a_parameter_that_had_no_gradient():
 
 @pytest.mark.parametrize("wrong", ["torch's", "shape", "no master"])
 def test_refuses_a_state_that_does_not_fit(wrong):
-    """A state of another optimizer, another shape or another precision is refused when loaded, with what would fit."""
+    """A state of another optimizer, shape or precision is refused, with what would fit, and nothing of it is loaded."""
     dtype = torch.float32
     saved = parameters([(4,)] if wrong == "shape" else [(3,)], 0, dtype)
     optimizer = (torch.optim.AdamW if wrong == "torch's" else AdamW)(saved)
     train(optimizer, saved, range(1))
     params = parameters([(3,)], 0, torch.bfloat16 if wrong == "no master" else dtype)
-    with pytest.raises(Error, match="the state of parameter 0 must have"):
-        AdamW(params).load_state_dict(optimizer.state_dict())
+    mine = AdamW(params, lr=0.5)
+    train(mine, params, range(1))
+    before = mine.state_dict()
+    with pytest.raises(Error, match=f"the state of parameter 0, {params[0].dtype}, must have"):
+        mine.load_state_dict(optimizer.state_dict())
+    assert mine.state[params[0]] is before["state"][0] and mine.param_groups[0]["lr"] == 0.5
 
 
 @pytest.mark.parametrize(

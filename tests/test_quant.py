@@ -414,6 +414,34 @@ def test_wrong_use(wrong, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_type_does_not_matter(dtype):
+    """Tables made while another default dtype holds are the same, and so is what is decoded with them later."""
+    x = torch.randn(4, 64)
+
+    def all_of_it():
+        packed, scale = quant.quantize_nf4(x)
+        stored = quant.quantize_scales(scale)
+        return packed, scale, *stored, quant.dequantize_nf4(packed, quant.dequantize_scales(*stored), x.shape)
+
+    expected = all_of_it()
+    for table in (quant.code_pairs, quant.dynamic_map):
+        table.cache_clear()
+    torch.set_default_dtype(dtype)
+    try:
+        found = all_of_it()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert all(torch.equal(a, b) for a, b in zip(all_of_it(), expected))
+
+
+@pytest.mark.parametrize("quantize", [quant.quantize_int8, quant.quantize_zero_point, quant.quantize_nf4])
+def test_what_is_quantized_needs_no_gradient(quantize):
+    """A parameter can be quantized as it is: nothing that comes out is tied to it."""
+    assert not any(t.requires_grad for t in quantize(torch.randn(4, 64, requires_grad=True)))
+
+
 def test_demonstration():
     """python nanopeft/quant.py prints the formats and the errors that the docstring claims."""
     done = subprocess.run([sys.executable, quant.__file__], capture_output=True, text=True)

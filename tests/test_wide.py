@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -185,14 +186,23 @@ def test_what_attention_keeps_stays_in_fp32():
     assert y.dtype == torch.bfloat16 and torch.equal(kept, wide.ATTENTION(*[q.float()] * 3)[1])
 
 
-@pytest.mark.parametrize("other", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("other", [torch.float32, torch.float64, torch.float16, torch.complex64, torch.int64])
 def test_unequal_types_are_refused_as_by_torch(other):
     """What is an error outside is one inside: a program does not come to rest on this machine's ways."""
     a, b = torch.ones(3, 3, dtype=torch.bfloat16), torch.ones(3, 3, dtype=other)
     calls = [(torch.matmul, a, b), (torch.addmm, b, a, a), (F.linear, a, b), (torch.Tensor.addmm_, a, a, b)]
-    for product, *operands in calls:
+    large = torch.ones(1 << 21, 3, dtype=torch.bfloat16)
+    for product, *operands in [*calls, (torch.mm, large, b), (partial(torch.mm, out=b), a, a)]:
         with WideProducts(), pytest.raises(RuntimeError, match="type"):
             product(*operands)
+
+
+def test_sparse_matrices_and_empty_results_are_as_outside():
+    """A sparse matrix is left to torch, also a large one, and out= may be empty, to be given the result's shape."""
+    a = torch.eye(2900).to(torch.bfloat16)
+    with WideProducts():
+        assert torch.equal(a.to_sparse() @ a, a)
+        assert torch.equal(torch.mm(a[:3, :3], a[:3, :3], out=a.new_empty(0)), a[:3, :3])
 
 
 def test_which_types_are_emulated():
