@@ -276,6 +276,9 @@ def read_adapter(folder):
 def load_trained(folder, dtype, device):
     """(model, tokenizer) from what save_trained wrote."""
     if not os.path.exists(folder / "adapter_config.json"):
+        if not os.path.exists(folder / "config.json"):
+            unfinished = os.path.exists(folder / "state.safetensors")
+            raise Error(f"{folder} holds nothing trained" + ": --resume finishes the run" * unfinished)
         encoding = load_tokenizer(str(folder))
         return load_base(str(folder), encoding, dtype, device), encoding
     config, state = read_adapter(folder)
@@ -615,7 +618,7 @@ def fine_tune(args, dtype, device, emulated):
         positions = f"{model.config.n_positions} positions"
         raise Error(f"--length {args.length} does not fit: of the model's {positions} {left} are left for the text")
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not params:
+    if not any(p.numel() for p in params.values()):
         raise Error(f"--template {args.template!r} has no [P], so there is nothing to train")
     if args.compile:
         for block in base.transformer.h:
@@ -889,8 +892,10 @@ def compare(args, given):
         except KeyboardInterrupt:
             child.terminate()  # it saves its state and ends
             code = child.wait() or 1  # 0: it was at its last step
+        if code < 0:  # the system's, if memory ran out
+            raise Failure(f"{name} was ended by signal {-code}; the same command with --resume goes on")
         if code:
-            sys.exit(max(code, 1))  # below 0: a signal ended it
+            sys.exit(code)
         results[name] = json.loads((out / name / "result.json").read_text("utf-8"))
     del results[f"adapter-{other}"]
 

@@ -171,19 +171,21 @@ if __name__ == "__main__":
 
     for name, decoupled in (("Adam + L2", False), ("AdamW", True)):
         p, _ = moved(1.0, [0.0], lr=0.1, weight_decay=0.1, decoupled=decoupled)
-        print(f"θ = 1, g = 0, lr = 0.1, λ = 0.1, one step of {name}: θ = {p.item():.3g}")
+        print(f"theta = 1, g = 0, lr = 0.1, lambda = 0.1, one step of {name}: theta = {p.item():.3g}")
     for g in (1e-4, 1.0, -1e4):
         p, _ = moved(0.0, [g], lr=0.01, weight_decay=0)
-        print(f"θ = 0, g = {g:g}, lr = 0.01, one step: θ = {p.item():.4g}")
+        print(f"theta = 0, g = {g:g}, lr = 0.01, one step: theta = {p.item():.4g}")
 
     bare = torch.tensor([0.1], dtype=torch.bfloat16)
     for _ in range(1000):
         bare -= 1e-4  # what Adam does when all gradients are alike
     p, _ = moved(0.1, [1.0] * 1000, torch.bfloat16, lr=1e-4, weight_decay=0)
-    print(f"θ = 0.1 in bf16, 1000 steps of -0.0001: without a master copy {bare.item():.4g}, with it {p.item():.4g}")
+    print(
+        f"theta = 0.1 in bf16, 1000 steps of -0.0001: without a master copy {bare.item():.4g}, with it {p.item():.4g}"
+    )
 
     for dtype in (torch.float32, torch.bfloat16):
         p, optimizer = moved(1.0, [1.0], dtype)
-        held = {"θ": p, "g": p.grad, **optimizer.state[p]}
+        held = {"theta": p, "g": p.grad, **optimizer.state[p]}
         held = {name: x.element_size() for name, x in held.items() if name != "step"}
         print(f"{dtype}: {sum(held.values())} bytes for each parameter, {held}")

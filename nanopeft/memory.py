@@ -599,6 +599,7 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # not every terminal has a Ψ
     try:
         main()
     except Error as error:

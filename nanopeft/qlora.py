@@ -16,7 +16,7 @@ gradients and Adam's state are LoRA's, and the embeddings stay. So a small model
 128 tokens needs 192 MB, with LoRA 318, and 79 of each are the embeddings. 65 billion weights shrink from 130 GB to 34.
 
 Why not merge into 4 bits: an update is far smaller than the gaps between the codes. On weights of deviation 0.02, an
-update of RMS 0.001 merged and quantized again misses what was trained by an RMS of 0.00102: 1.02 times the update, so
+update of rank 16 and RMS 0.001 merged and quantized again is missed by an RMS of 0.00102: 1.02 times the update, so
 that nothing is left of it (0.37 times for an RMS of 0.005). merge_qlora gives a 16- or 32-bit model instead. It is Ŵ
 that A and B were trained on: merged into the original W they are a little off.
 
@@ -35,8 +35,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 try:
-    from nanopeft import lora, quant
-except ImportError:  # the three files pasted side by side
+    from . import lora, quant
+except ImportError:  # the three files pasted side by side, or this one run
     import lora
     import quant
 

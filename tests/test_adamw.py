@@ -511,6 +511,6 @@ def test_demonstration(capsys):
     """Run as a program the file prints what its docstring claims."""
     runpy.run_path(adamw.__file__, run_name="__main__")
     printed = capsys.readouterr().out
-    for claim in ("Adam + L2: θ = 0.9\n", "AdamW: θ = 0.99\n", "g = -10000, lr = 0.01, one step: θ = 0.01\n",
+    for claim in ("Adam + L2: theta = 0.9\n", "AdamW: theta = 0.99\n", "-10000, lr = 0.01, one step: theta = 0.01\n",
                   "float32: 16 bytes", "bfloat16: 16 bytes", "without a master copy 0.1001"):  # fmt: skip
         assert claim in printed

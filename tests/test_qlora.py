@@ -452,18 +452,20 @@ def test_demonstration():
     assert "4.127 bits" in done.stdout and "times the update" in done.stdout
 
 
-def test_the_three_files_work_side_by_side(tmp_path):
-    """Pasted into an empty folder, without nanopeft, the three files train and merge a model."""
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_three_files_work_side_by_side(tmp_path, installed):
+    """Pasted into an empty folder, the three files work with one another, also where nanopeft is installed."""
     for module in (lora, quant, qlora):
         shutil.copy(Path(module.__file__), tmp_path)
+    hide = "" if installed else "sys.modules['nanopeft'] = None\n"
     (tmp_path / "use.py").write_text(
-        "import sys\n"
-        "sys.modules['nanopeft'] = None\n"
-        "sys.path.insert(0, '.')\n"
+        f"import sys\n{hide}sys.path.insert(0, '.')\n"
         "import torch\n"
+        "from lora import lora_state_dict\n"
         "from qlora import add_qlora, merge_qlora\n"
         "model = add_qlora(torch.nn.Sequential(torch.nn.Linear(64, 64)))\n"
         "model(torch.randn(2, 64)).square().sum().backward()\n"
+        "assert len(lora_state_dict(model)) == 2\n"
         "print(model[0].lora_B.grad.norm().item(), type(merge_qlora(model)[0].base_layer).__name__)\n"
     )
     done = subprocess.run([sys.executable, "-I", "use.py"], cwd=tmp_path, capture_output=True, text=True)
