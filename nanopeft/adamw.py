@@ -180,9 +180,7 @@ if __name__ == "__main__":
     for _ in range(1000):
         bare -= 1e-4  # what Adam does when all gradients are alike
     p, _ = moved(0.1, [1.0] * 1000, torch.bfloat16, lr=1e-4, weight_decay=0)
-    print(
-        f"theta = 0.1 in bf16, 1000 steps of -0.0001: without a master copy {bare.item():.4g}, with it {p.item():.4g}"
-    )
+    print(f"theta = 0.1 in bf16, 1000 steps of -1e-4: without a master copy {bare.item():.4g}, with it {p.item():.4g}")
 
     for dtype in (torch.float32, torch.bfloat16):
         p, optimizer = moved(1.0, [1.0], dtype)

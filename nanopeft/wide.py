@@ -98,9 +98,9 @@ class WideProducts(TorchDispatchMode):
         unequal = len(types) > 1 and "attention" not in op.__name__
         if unequal or any(t.layout != torch.strided for t in tensors):
             return func(*args, **kwargs)
-        if func == torch.ops.aten.mm.default:
+        if func == torch.ops.aten.mm.default and args[0].dim() == args[1].dim() == 2:
             (m, k), (rows, n) = args[0].shape, args[1].shape
-            if k == rows and max(m * k, k * n, m * n) >= 1 << 23:
+            if k == rows and max(m * k, k * n, m * n) >= 1 << 23:  # 32 MB in fp32
                 return in_pieces(*args)
         into = args[0] if op.__name__.endswith("_") else kwargs.pop("out", None)
         widen = lambda t: t.float() if torch.is_tensor(t) and t.dtype == narrow else t  # noqa: E731

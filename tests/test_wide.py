@@ -96,6 +96,8 @@ def test_a_large_product_of_sides_that_do_not_fit_is_refused():
     a, b = torch.ones(2, 1 << 22, dtype=torch.bfloat16), torch.ones((1 << 22) - 1, 2, dtype=torch.bfloat16)
     with WideProducts(), pytest.raises(RuntimeError, match="cannot be multiplied"):
         a @ b
+    with WideProducts(), pytest.raises(RuntimeError, match="must be a matrix"):
+        torch.mm(a[0], b)
 
 
 @pytest.mark.parametrize("dtype", NARROW)
