@@ -172,7 +172,7 @@ def test_peak_after_backward():
     assert_peak(NANO, "full", "fp32", 1, 8, {}, 2)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method, how", VARIANTS, ids=str)
 def test_peak_of_every_method(method, how, precision):
@@ -180,7 +180,7 @@ def test_peak_of_every_method(method, how, precision):
     assert_peak(NANO, method, precision, 16, 128, how)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["full", "lora", "qlora", "prompt"])
 def test_peak_of_gpt2(method, precision):

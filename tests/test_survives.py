@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Runs that are killed, disks that are full, files from strangers, data as it comes, numbers that go wrong.
 
-The longer forms: python tests/bench/kill.py --kills 100, and pytest -m slow tests/test_survives.py, 100,000 bad files.
+The longer forms: python tests/bench/kill.py --kills 100, and pytest -m thorough tests/test_survives.py, 100,000 files.
 """
 
 import copy
@@ -360,7 +360,7 @@ def spoil(draw, path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("cases", [2000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [2000, pytest.param(100_000, marks=pytest.mark.thorough)])
 def test_bad_files_are_refused_or_load(tmp_path, cases):
     """Whatever is wrong with a base, its tokenizer or an adapter: it loads and writes a text, or the project's Error.
 
@@ -397,7 +397,7 @@ def test_bad_files_are_refused_or_load(tmp_path, cases):
     assert min(outcomes.values()) > cases // 20, outcomes
 
 
-@pytest.mark.parametrize("cases", [300, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [300, pytest.param(20_000, marks=pytest.mark.thorough)])
 def test_bad_data_is_refused_or_read(tmp_path, cases):
     """Whatever bytes a .txt or a .jsonl holds, it is read or refused by data.Error in one line."""
 
