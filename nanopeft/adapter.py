@@ -1,32 +1,61 @@
 # SPDX-License-Identifier: MIT
-"""Bottleneck adapters: two thin layers with a skip, put into a frozen model; and AdapterFusion, attention over several.
+"""Bottleneck adapters: small trained layers inside a frozen model. AdapterFusion: attention over several of them.
 
-    A(h) = Up f(Down h)                                        d → m → d, with m = d / reduction
-    Houlsby:   x ← x + a + A(a),  then  x ← x + b + A'(b)      a, b: what attention and MLP add to the stream x
-    Pfeiffer:  x ← h + A(h)                                    h = x + b, the output of the block
-    fusion:    x ← h + V Σₙ pₙ zₙ,  zₙ = Aₙ(h)                 p = softmax over n of (Q h) · (K zₙ), without 1/√d
+An adapter reads u, the output of some layer. It projects u's d features down to m, applies a nonlinearity f, projects
+back up, and adds the result to u:
 
-Dimensions: h (..., d); Down (m, d), Up (d, m), both with a bias; N adapters, z (..., N, d); Q, K (d, d) with a bias,
-V (d, d) without. Trained are Down and Up, nothing of the model (the paper trained its LayerNorms too). In fusion Q, K
-and V alone are trained; the adapters were before, apart, each on a task of its own, and are frozen now.
+    output = u + A(u)          A(u) = Up f(Down u)          (B, T, d) → Down → (B, T, m) → f → Up → (B, T, d)
 
-Parameters: 2dm + m + d for each adapter. GPT-2 with m = 48: Houlsby 1,789,056 (1.4 %), Pfeiffer 894,528. Fusion takes
-3d² + 2d for each block, whatever N is: 21,252,096, far more than what it fuses.
+B batch, T tokens, d model width, m = d / reduction the bottleneck. Down (m, d) and Up (d, m), each with a bias, are
+trained: 2dm + m + d parameters instead of more than d². The model is frozen. Two places, in a pre-LN block (GPT-2):
 
-Both placements are one wrapper, h + A(h), at two places: around the projection that ends a sublayer, whose output is
-a, and around the whole block, whose output is x + b.
+    x ──┬── LN ── attention ──[H]── + ──┬── LN ── MLP ──[H]── + ──[P]──► x of the next block
+        └───────────────────────────┘   └─────────────────────┘
+[H] Houlsby: u is the output of each sublayer, before it joins the residual stream: x ← x + u + A(u). Two per block.
+[P] Pfeiffer: u is the output of the block, the stream itself: x ← u + A(u). One per block; about as good (2005.00247).
+BERT is post-LN: Houlsby's adapter is then before the sublayer's LayerNorm, LN(x + u + A(u)). That paper also trains the
+LayerNorms. Here, as in AdapterHub, they stay frozen: few numbers (38,400 in GPT-2), and probably little to gain.
 
-Why it starts at Up = 0: A is then zero and the model exactly the pretrained one. (The paper draws both from a normal of
-deviation 0.01: almost.) As with LoRA's B, the first step moves Up alone: the gradient of Down goes through Up.
+* Why start at Up = 0? Then A(u) = 0: training starts from exactly the pretrained model, which random adapters would
+  damage in every block. (The paper starts near zero.) The first step moves Up alone: Down's gradient passes through Up.
+* Why a nonlinearity, and why no merging? With f, u + A(u) is not linear in u: no weight before or after can absorb it.
+  Without f, Up Down is a matrix of rank m, as in LoRA, and [H] could be merged into the sublayer's last weight W, as
+  (I + Up Down) W. [P] could not even then: I + Up Down would act on the whole residual stream, the sum of what all
+  sublayers wrote, and no single weight makes that. Which f it is hardly matters.
+* Cost at inference: two small products in series per adapter. Few multiplications (Houlsby at reduction 16: 2.1 % of
+  those with the blocks' weights), but many small kernels: on a GPU at batch 1 the LoRA paper (table 1) measured 20 to
+  30 % more latency. AdapterDrop (2010.11918) leaves out the adapters of the lowest blocks, which matter least: several
+  tasks can share these blocks' results, and training need not backpropagate through them.
+* Training memory: only adapters have gradients and optimizer states. Most activations stay: backward passes all blocks.
 
-Why V starts as the identity (1e-6 off the diagonal): fusion then hands on a mean of what the adapters say. A random V
-would undo them; so the loss gets 0.01 · ‖I - V‖², which holds it there. With N = 1, p is 1 and Q and K never learn. Nor
-does K's bias with any N: it adds the same to all N scores, and softmax does not see that.
+AdapterFusion combines what was learned on several tasks. Fine-tuned on one after another, a model overwrites what it
+knew; on all at once, it needs all the data at once. Two stages: 1, knowledge extraction: train one (Pfeiffer)
+adapter per task, each alone, in the same frozen model. 2, knowledge composition: freeze these N adapters too, and train
+on the target task, in each block, an attention by which each token weighs what the adapters say about it:
+    zᵢ = Aᵢ(u), i = 1 … N      scoreᵢ = (Q u) · (K zᵢ)      p = softmax over the N scores      output = u + Σᵢ pᵢ V zᵢ
 
-Beside its sisters: the nonlinearity f keeps it from being merged as LoRA is: at inference each adapter costs two small
-matrix products, one after the other. Prompt tuning and P-tuning work on the input alone, prefix-tuning on the keys and
-values of every layer, and all three take room in what attention looks at; an adapter does not.
+Design: Q and K (d, d) have a bias, V (d, d) has none; the scores are not divided by √d. Q and K start at random, from
+N(0, 0.02²), with zero biases. V starts as the identity (1e-6 off the diagonal), as a random V would scramble what the
+adapters say, and the penalty 0.01 ‖I - V‖² in the loss holds it there.
+Consequences: with N = 1, p is always 1, and Q and K get no gradient. K's bias never gets one: it adds the same to all N
+scores. Fusion is expensive: 3d² + 2d parameters and (N + 2) d² multiplications per block, which itself has 12d².
 
+Worked example, d = 2, m = 1, f = relu: Down = (1, 1), Up = (0.5, -0.5)ᵀ. u = (1, 2) gives Down u = 3, A = (1.5, -1.5),
+output (2.5, 0.5). -u gives f(-3) = 0, and stays (-1, -2): a matrix would give (-2.5, -0.5). Fused with z₂ = (0, 1) and
+Q = K = V = I, u has the scores -1.5 and 2, p = (0.029, 0.971), output (1.044, 2.927).
+GPT-2 (124M: d = 768, 12 blocks), reduction 16, m = 48: one A has 74,544 parameters. Pfeiffer's 12 have 894,528 (0.72 %
+of the model), Houlsby's 24 1,789,056 (1.44 %). Fusion has 21,252,096 (17 %), 24 times the 12 A of one task.
+
+Typical: reduction 2 to 64, mostly 16. Learning rate 1e-4 (AdapterHub) to 3e-4 (Houlsby's code), where all of BERT is
+fine-tuned with 2e-5 to 5e-5; fusion 5e-5 (AdapterHub). On GLUE Houlsby's came within 0.4 % of full fine-tuning.
+Which to choose? For one task LoRA: it is as small, and merged it costs nothing. An adapter, where many tasks share one
+unmerged model and latency at small batches does not matter. Fusion, where adapters of related tasks exist and the
+target task has little data: there its paper gained most, and elsewhere little over one adapter.
+Pitfalls: cast the model before add_adapter, not after, or the adapters are cast too. Add fusion_penalty to the loss. A
+new classifier head is frozen, and not in adapter_state_dict. With [P] or fusion, output_hidden_states of most models in
+transformers lacks A(u), but for the last: hook the layers of adapter_layers(model) instead. With [H] it is right.
+A parallel adapter (2110.04366) stands beside its sublayer, x + MLP(LN x) + s A(x), and did better there at equal size.
+Prompt tuning, P-tuning and prefix-tuning take up context. The whole family in one table: nanopeft/__init__.py
 Papers: adapters, arXiv 1902.00751, section 2.1; AdapterFusion, arXiv 2005.00247, section 3.2.
 """
 
@@ -42,415 +71,250 @@ class Error(ValueError):
     """Wrong use of adapters; the message says what would be right."""
 
 
-# ---------------------------------------------------------------------------------------------------------- mathematics
+class CastLinear(nn.Linear):
+    """An nn.Linear whose weights stay in fp32 beside a 16-bit model: it computes in the dtype of its input."""
 
-
-def linear(x, layer):
-    """x Wᵀ + b in the type of x: the layers here are in fp32 even in a 16-bit model."""
-    return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
-
-
-# -------------------------------------------------------------------------------------------------------------- layers
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class Adapter(nn.Module):
-    """A(h) = Up f(Down h), without the skip: fusion wants A alone. Down starts as nn.Linear does, uniform in ±1/√d."""
+    """A(u) = Up f(Down u). Down starts as any nn.Linear, uniform in ±1/√d; Up and both biases start at zero."""
 
-    def __init__(self, d, m, activation, wide):
+    def __init__(self, d, m, activation=F.relu, **factory_kwargs):
         super().__init__()
-        self.down = nn.Linear(d, m, **wide)
-        self.up = nn.Linear(m, d, **wide)
+        self.down = CastLinear(d, m, **factory_kwargs)
+        self.up = CastLinear(m, d, **factory_kwargs)
         self.activation = activation
-        for zero in (self.down.bias, self.up.weight, self.up.bias):
-            nn.init.zeros_(zero)
+        for p in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(p)
 
-    def forward(self, h):
-        low = self.activation(linear(h, self.down))  # (..., m)
-        return linear(low, self.up)  # (..., d)
+    def forward(self, u):  # (B, T, d)
+        a = self.activation(self.down(u))  # (B, T, m)
+        return self.up(a)  # (B, T, d)
 
 
 class Fusion(nn.Module):
-    """V Σₙ pₙ Aₙ(h) over frozen adapters."""
+    """Σᵢ pᵢ V zᵢ: attention from each token u to what N frozen adapters say about it, zᵢ = Aᵢ(u)."""
 
     def __init__(self, adapters):
         super().__init__()
         self.adapters = nn.ModuleList(adapters).requires_grad_(False)
-        weight = adapters[0].up.weight
-        d, wide = len(weight), dict(dtype=weight.dtype, device=weight.device)
-        self.query = nn.Linear(d, d, **wide)
-        self.key = nn.Linear(d, d, **wide)
-        self.value = nn.Linear(d, d, bias=False, **wide)
+        d, p = adapters[0].up.out_features, adapters[0].up.weight
+        self.query = CastLinear(d, d, dtype=p.dtype, device=p.device)
+        self.key = CastLinear(d, d, dtype=p.dtype, device=p.device)
+        self.value = CastLinear(d, d, bias=False, dtype=p.dtype, device=p.device)
         for layer in (self.query, self.key):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-        nn.init.constant_(self.value.weight, 1e-6)
-        with torch.no_grad():
-            self.value.weight.fill_diagonal_(1)
+        nn.init.constant_(self.value.weight, 1e-6).data.fill_diagonal_(1)
 
-    def forward(self, h):
-        z = torch.stack([adapter(h) for adapter in self.adapters], -2)  # (..., N, d)
-        q = linear(h, self.query)  # (..., d)
-        # q · (K zₙ + b) = (Kᵀ q) · zₙ + q · b  and  Σₙ pₙ V zₙ = V Σₙ pₙ zₙ: K and V are applied once, and not N times
-        scores = torch.einsum("...d, ...nd -> ...n", q @ self.key.weight.to(q.dtype), z)
-        p = (scores + (q @ self.key.bias.to(q.dtype))[..., None]).softmax(-1)  # (..., N)
-        return linear(torch.einsum("...n, ...nd -> ...d", p, z), self.value)  # (..., d)
+    def forward(self, u):  # (B, T, d)
+        z = torch.stack([adapter(u) for adapter in self.adapters], -2)  # (B, T, N, d)
+        query, keys = self.query(u), self.key(z)  # (B, T, d), (B, T, N, d)
+        # scoreᵢ = (Q u) · (K zᵢ)
+        scores = torch.einsum("...d, ...nd -> ...n", query, keys)  # (B, T, N)
+        p = scores.softmax(-1)  # (B, T, N), rounded from fp32; with fp32 scores too a bf16 step takes 5 to 7 % longer
+        # Σᵢ pᵢ V zᵢ = V Σᵢ pᵢ zᵢ saves 7 % (d = 768) to 15 % (d = 256) of a step with N = 3, 4 × 128 tokens, on a CPU
+        return self.value(torch.einsum("...n, ...nd -> ...d", p, z))  # (B, T, d)
+
+
+def fusion_penalty(model):
+    """0.01 ‖I - V‖², summed over the blocks. Add it to the loss."""
+    values = [m.value.weight for m in model.modules() if isinstance(m, Fusion)]
+    if not values:
+        raise Error("the model has no fusion: add_fusion(model, adapters) first")
+    return 0.01 * sum((V - torch.eye(len(V), dtype=V.dtype, device=V.device)).square().sum() for V in values)
 
 
 class AdapterLayer(nn.Module):
-    """h + A(h) on the output h of a linear layer or a block; a block may return a tuple that begins with h.
-
-    All other attributes are those of what it holds: weight and bias of a linear layer, and what models read from their
-    blocks. The hidden states that transformers records are the block's own, before its adapter.
-    """
+    """u + A(u) on the output u of the layer that it wraps. A block may return a tuple that begins with u."""
 
     def __init__(self, base_layer, adapter):
         super().__init__()
         self.base_layer = base_layer
         self.adapter = adapter.train(base_layer.training)  # an Adapter or a Fusion
         self.training = base_layer.training
-        self.enabled = True
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer" or name.startswith("__"):  # copy and pickle ask before there is a base_layer
-                raise
-            return getattr(self.base_layer, name)
 
     def forward(self, *args, **kwargs):
         output = self.base_layer(*args, **kwargs)
-        if not self.enabled:
-            return output
-        h = output[0] if isinstance(output, tuple) else output  # (..., d)
-        h = h + self.adapter(h).to(h.dtype)
-        return (h, *output[1:]) if isinstance(output, tuple) else h
+        u, *rest = output if isinstance(output, (tuple, list)) else (output,)  # u (B, T, d)
+        u = u + self.adapter(u).to(u.dtype)
+        return (u, *rest) if isinstance(output, (tuple, list)) else u
 
-
-# --------------------------------------------------------------------------------------------------------------- verbs
+    def __getattr__(self, name):  # models read weight, layer_idx and others of their layers: show the wrapped layer's
+        return super().__getattr__(name) if name in ("base_layer", "adapter") else getattr(self.base_layer, name)
 
 
 def add_adapter(model, targets=None, *, placement="houlsby", reduction=None, bottleneck=None, activation=None):
-    """Freezes the model, wraps its target layers in place and returns it.
+    """Freezes the model, wraps its target layers in place and returns it. Raises Error, with nothing changed, if wrong.
 
-    placement: "houlsby" wraps linear layers, by default ("attn.c_proj", "mlp.c_proj") as GPT-2 names the two that end
-        its sublayers; in a Llama they are ("self_attn.o_proj", "mlp.down_proj"). "pfeiffer" wraps whole blocks, by
-        default "blocks", all in the model's list of blocks.
+    placement: "houlsby" wraps linear layers, by default ("attn.c_proj", "mlp.c_proj"), which end GPT-2's sublayers; a
+        Llama's are ("self_attn.o_proj", "mlp.down_proj"). "pfeiffer" wraps blocks, by default "blocks": all there are.
     targets: ends of names, or one regular expression for the whole name, such as r"transformer\\.h\\.\\d+".
-    bottleneck: m; or reduction: m = d // reduction; by default a reduction of 16.
-    activation: a name in torch.nn.functional or a function; by default silu for houlsby and relu for pfeiffer.
-    Cast the model before, not after: model.to(torch.bfloat16) would cast the adapters too.
-    Raises Error, with the model untouched, if there is nothing to wrap, or an adapter is there already.
+    reduction: m = d // reduction, by default 16; or bottleneck: m itself.
+    activation: a name in torch.nn.functional (AdapterHub's silu for houlsby, relu for pfeiffer), or any function.
     """
-    if targets is None:
-        targets = ("attn.c_proj", "mlp.c_proj") if placement == "houlsby" else "blocks"
-    if activation is None:
-        activation = "silu" if placement == "houlsby" else "relu"
-    config = {
-        "peft_type": "BOTTLENECK_ADAPTER", "placement": placement, "activation": activation,
-        "target_modules": targets if isinstance(targets, str) else list(targets),
-        "reduction": 16 if reduction is None and bottleneck is None else reduction, "bottleneck": bottleneck,
-    }  # fmt: skip
-    wrap(model, new_adapters(model, **adapter_arguments(config)))
-    model.adapter_config = config
+    defaults = {"houlsby": (("attn.c_proj", "mlp.c_proj"), "silu"), "pfeiffer": ("blocks", "relu")}
+    if placement not in defaults:
+        raise Error(f"placement must be houlsby or pfeiffer, not {placement!r}")
+    targets = defaults[placement][0] if targets is None else targets
+    activation = defaults[placement][1] if activation is None else activation
+    reduction = 16 if reduction is None and bottleneck is None else reduction
+    f = getattr(F, activation, None) if isinstance(activation, str) else activation
+    if adapter_layers(model):
+        raise Error("the model has adapters already: remove_adapter(model) first")
+    given = [size for size in (reduction, bottleneck) if size is not None]
+    if len(given) != 1 or type(given[0]) is not int or given[0] < 1:
+        raise Error(f"give reduction or bottleneck, a whole number above 0, not {reduction!r} and {bottleneck!r}")
+    if not callable(f):
+        raise Error(f"activation must be a function or its name in torch.nn.functional, not {activation!r}")
+    layers = {}
+    for name, layer in find_targets(model, targets, placement).items():
+        d, p = width(model, layer), next(iter(layer.state_dict().values()))
+        if bottleneck is None and reduction > d:
+            raise Error(f"reduction must be at most {d}, the width of {name}, and is {reduction}")
+        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+        layers[name] = AdapterLayer(layer, Adapter(d, bottleneck or d // reduction, f, dtype=dtype, device=p.device))
+    model.requires_grad_(False)  # the adapters are not in it yet
+    replace(model, layers)
+    sizes = {"placement": placement, "reduction": reduction, "bottleneck": bottleneck, "activation": activation}
+    targets = targets if isinstance(targets, str) else list(targets)
+    model.adapter_config = {"peft_type": "BOTTLENECK_ADAPTER", **sizes, "target_modules": targets}
     return model
 
 
 def add_fusion(model, adapters):
-    """Freezes the model, wraps its blocks in place with the adapters and a fusion of them, and returns it.
-
-    adapters: a list of (config, state), each what adapter_config and adapter_state_dict gave. A state of None leaves
-    the adapter for load_fusion_state_dict to fill. To train, add fusion_penalty(model) to the loss.
-    Raises Error, with the model untouched, if there is none, or one is no pfeiffer adapter, or does not fit.
-    """
-    adapters, stacks = list(adapters), []
-    if not adapters:
-        raise Error("fusion needs at least one adapter")
+    """Freezes the model, wraps its blocks in place with a fusion of frozen adapters, and returns it. `adapters` has the
+    (adapter_config, adapter_state_dict) of each, all of placement pfeiffer. Where the state is None, the adapter waits
+    for load_fusion_state_dict. Raises Error, with nothing changed, if one does not fit."""
+    adapters, stacks, trained = list(adapters), [], [p for p in model.parameters() if p.requires_grad]
+    if not adapters or any(config.get("placement") != "pfeiffer" for config, _ in adapters):
+        raise Error("fusion needs one or more adapters, all of placement pfeiffer")
     for config, state in adapters:
-        arguments = adapter_arguments(config)
-        if arguments["placement"] != "pfeiffer":
-            raise Error(f"fusion needs adapters of placement pfeiffer, and one is {arguments['placement']}")
-        stack = new_adapters(model, **arguments)
-        if stacks and stack.keys() != stacks[0].keys():
-            raise Error(f"the adapters are on different blocks: {', '.join(stacks[0])} and {', '.join(stack)}")
-        if state is not None:
-            load(named_tensors(stack, "adapter"), state)
-        stacks.append(stack)
-    wrap(model, {name: Fusion([stack[name] for stack in stacks]) for name in stacks[0]})
-    model.fusion_config = {"peft_type": "ADAPTER_FUSION", "adapters": [dict(config) for config, _ in adapters]}
+        sizes = {key: config.get(key) for key in ("placement", "reduction", "bottleneck", "activation")}
+        add_adapter(model, config.get("target_modules"), **sizes)
+        stacks.append({name: layer.adapter for name, layer in adapter_layers(model).items()})
+        try:
+            if state is not None:
+                load_adapter_state_dict(model, state)
+        finally:  # the model is as it was
+            remove_adapter(model)
+            nn.ParameterList(trained).requires_grad_(True)
+        if stacks[-1].keys() != stacks[0].keys():
+            raise Error(f"the adapters are on different blocks: {', '.join(stacks[0])} and {', '.join(stacks[-1])}")
+    model.requires_grad_(False)
+    fusions = {name: Fusion([stack[name] for stack in stacks]) for name in stacks[0]}
+    replace(model, {name: AdapterLayer(model.get_submodule(name), fusion) for name, fusion in fusions.items()})
+    model.adapter_config = {"peft_type": "ADAPTER_FUSION", "adapters": [dict(config) for config, _ in adapters]}
     return model
 
 
-def fusion_penalty(model):
-    """0.01 · Σ ‖I - V‖² over the layers."""
-    values = [layer.adapter.value.weight for layer in adapter_layers(model, Fusion).values()]
-    if not values:
-        raise Error("the model has no fusion: add_fusion(model, adapters) first")
-    return 0.01 * sum((V - torch.eye(len(V), dtype=V.dtype, device=V.device)).square().sum() for V in values)
-
-
-def new_adapters(model, targets, placement, reduction, bottleneck, activation):
-    """{name: Adapter that fits there} for each target; the model is only looked at."""
-    if adapter_layers(model):
-        raise Error("the model has adapters already: remove_adapter(model) first")
-    adapters = {}
-    for name, layer in find_targets(model, targets, placement).items():
-        d = width(model, layer)
-        if bottleneck is None and reduction > d:
-            raise Error(f"reduction must be at most {d}, the width of {name}, and is {reduction}")
-        p = next(iter(layer.state_dict().values()))
-        wide = dict(dtype=torch.float64 if p.dtype == torch.float64 else torch.float32, device=p.device)
-        adapters[name] = Adapter(d, bottleneck or d // reduction, find_activation(activation), wide)
-    return adapters
-
-
-def wrap(model, adapters):
-    model.requires_grad_(False)  # the adapters are not in it yet
-    for name, adapter in adapters.items():
-        replace(model, name, AdapterLayer(model.get_submodule(name), adapter))
-
-
-def replace(model, name, layer):
-    """Puts the layer in every place of the one that has this name: a model may call one layer in several."""
-    old = model.get_submodule(name)
-    for parent in [*model.modules()]:
-        for child, module in parent._modules.items():  # named_children would leave out all places but the first
-            if module is old:
-                setattr(parent, child, layer)
-
-
-def is_linear(layer):
-    """Also Hugging Face's Conv1D, a linear layer that keeps its weight as (in, out)."""
-    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
-
-
-def holds_linear(layer):
-    return not is_linear(layer) and any(map(is_linear, layer.modules()))
-
-
-def width(model, layer):
-    """d, the size of what the layer returns."""
-    if is_linear(layer):
-        return layer.weight.size(1) if type(layer).__name__ == "Conv1D" else layer.out_features
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = getattr(config, "hidden_size", getattr(config, "n_embd", None))
-    # without a config: a block ends with the MLP's second layer
-    return found or width(model, [m for m in layer.modules() if is_linear(m)][-1])
-
-
-def find_activation(activation):
-    function = getattr(F, activation, None) if isinstance(activation, str) else activation
-    try:
-        fits = function(torch.zeros(2, 4)).shape == (2, 4)
-    except Exception:  # whatever a function that is no activation may raise
-        fits = False
-    if not fits or (isinstance(function, nn.Module) and list(function.parameters())):
-        rule = "a name in torch.nn.functional, or a function that keeps the shape and has no parameters"
-        raise Error(f"activation must be {rule}, not {activation!r}")
-    return function
-
-
-def names(layers):
-    """Layer names with the numbers left out, for a message."""
-    return ", ".join(sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in layers}))
-
-
-def find_targets(model, targets, placement):
-    """{name: layer} of what `targets` names; Error if that is nothing, or no layer that the placement is for."""
-    modules = {n: m for n, m in model.named_modules() if n}
-    fits = is_linear if placement == "houlsby" else holds_linear
-    fitting = {n: m for n, m in modules.items() if fits(m) and not isinstance(m, (nn.ModuleList, nn.ModuleDict))}
-    if targets == "blocks":
-        lists = [n for n, m in modules.items() if isinstance(m, nn.ModuleList) and holds_linear(m)]
-        lists = [n for n in lists if not any(n.startswith(f"{outer}.") for outer in lists)]
-        if len(lists) != 1:
-            raise Error(f"there must be one list of blocks, and there are {lists}; targets may be {names(fitting)}")
-        found = {n: m for n, m in modules.items() if n.rpartition(".")[0] == lists[0]}
-    elif isinstance(targets, str):
-        try:
-            found = {n: m for n, m in modules.items() if re.fullmatch(targets, n)}
-        except (re.error, OverflowError, RecursionError) as error:
-            raise Error(f"{targets!r} is not a regular expression: {error}") from None
-    else:
-        found = {n: m for n, m in modules.items() if any(n == t or n.endswith(f".{t}") for t in targets)}
-    if not found:
-        rule = "a list holds ends of names; a string is a regular expression for a whole name"
-        raise Error(f"no layer fits targets={targets!r} ({rule}); there are {names(fitting) or 'none in the model'}")
-    for name, layer in found.items():
-        if name not in fitting:
-            raise Error(f"{name} is a {type(layer).__name__}; {placement} fits on {names(fitting)}")
-        inside = [n for n in found if n.startswith(f"{name}.")]
-        if inside:
-            raise Error(f"both {name} and {inside[0]} in it fit targets={targets!r}: wrap one of them")
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            raise Error(f"{name} may be read and not called by its {type(parent).__name__}: wrap the block")
-    return found
-
-
-def adapter_layers(model, kind=(Adapter, Fusion)):
-    """{name: layer} of the wrapped layers."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, AdapterLayer) and isinstance(m.adapter, kind)}
-
-
 def remove_adapter(model):
-    """Puts the bare layers back, from under adapters or a fusion: the model computes what the base does.
-
-    They stay frozen: model.requires_grad_(True) to train them.
-    """
-    for name, layer in adapter_layers(model).items():
-        replace(model, name, layer.base_layer)
-    for config in ("adapter_config", "fusion_config"):
-        if hasattr(model, config):
-            delattr(model, config)
+    """Puts the bare layers back in place of adapters or a fusion, and returns the model. It stays frozen."""
+    replace(model, {name: layer.base_layer for name, layer in adapter_layers(model).items()})
+    vars(model).pop("adapter_config", None)
     return model
 
 
 @contextmanager
 def adapter_disabled(model):
-    """The base model as it was, inside the `with`."""
-    before = {layer: layer.enabled for layer in adapter_layers(model).values()}  # not all, inside another `with`
-    for layer in before:
-        layer.enabled = False
+    """The base model, inside the `with`."""
+    layers = adapter_layers(model)
+    replace(model, {name: layer.base_layer for name, layer in layers.items()})
     try:
         yield model
     finally:
-        for layer, enabled in before.items():
-            layer.enabled = enabled
+        replace(model, layers)
 
 
-# --------------------------------------------------------------------------------------------------------------- files
-
-
-def named_tensors(adapters, kind):
-    return {f"{name}.{kind}.{key}": p for name, adapter in adapters.items() for key, p in adapter.named_parameters()}
-
-
-def adapter_parameters(model):
-    """{name in the file: parameter}."""
-    return named_tensors({name: layer.adapter for name, layer in adapter_layers(model, Adapter).items()}, "adapter")
-
-
-def fusion_parameters(model):
-    """{name in the file: parameter}: Q, K and V, and the frozen adapters, so that no other file is needed."""
-    return named_tensors({name: layer.adapter for name, layer in adapter_layers(model, Fusion).items()}, "fusion")
+def adapter_layers(model):
+    """{name: AdapterLayer} of the wrapped layers."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, AdapterLayer)}
 
 
 def adapter_state_dict(model):
-    """What was trained: the content of adapter_model.safetensors."""
-    return {key: p.detach() for key, p in adapter_parameters(model).items()}
-
-
-def fusion_state_dict(model):
-    """What was trained, and what it was trained over: the content of adapter_model.safetensors."""
-    return {key: p.detach() for key, p in fusion_parameters(model).items()}
+    """The content of adapter_model.safetensors: the adapters, or a fusion together with the adapters that it fuses."""
+    layers = {f"{name}.{type(m.adapter).__name__.lower()}.": m.adapter for name, m in adapter_layers(model).items()}
+    return {key: t for prefix, adapter in layers.items() for key, t in adapter.state_dict(prefix=prefix).items()}
 
 
 def load_adapter_state_dict(model, state):
-    """The reverse, onto a model that add_adapter has prepared. Error, with nothing loaded, if the two do not fit."""
-    load(adapter_parameters(model), state)
-
-
-def load_fusion_state_dict(model, state):
-    """The reverse, onto a model that add_fusion has prepared."""
-    load(fusion_parameters(model), state)
-
-
-@torch.no_grad()
-def load(own, state):
-    if own.keys() != state.keys():
-        missing, left = names(own.keys() - state.keys()), names(state.keys() - own.keys())
-        raise Error(f"the adapter does not fit: missing {missing or 'nothing'}, left over {left or 'nothing'}")
-    for key, p in own.items():
-        if p.shape != state[key].shape:
-            raise Error(f"{key} is {tuple(state[key].shape)} in the adapter and {tuple(p.shape)} in the model")
+    """Onto a model that add_adapter or add_fusion has prepared. Raises Error, with nothing loaded, if they differ."""
+    own = adapter_state_dict(model)
+    for key in sorted(own.keys() | state.keys()):
+        found, expected = (tuple(side[key].shape) if key in side else "missing" for side in (state, own))
+        if found != expected:
+            raise Error(f"the adapter does not fit: {key} is {found} in it and {expected} in the model")
         if not state[key].is_floating_point() or state[key].element_size() < 2:
-            raise Error(f"{key} is {state[key].dtype} in the adapter, which holds no trained numbers")
-    for key, p in own.items():
-        p.copy_(state[key])
+            raise Error(f"{key} is {state[key].dtype} in the adapter; the model needs floats of 16 bits or more")
+    for key, t in own.items():  # its memory is the model's own
+        t.copy_(state[key])
 
 
 def adapter_config(model):
-    """The adapter_config.json that goes with adapter_state_dict; peft, which has no such method, refuses it."""
+    """The adapter_config.json that goes with adapter_state_dict. peft has neither method and refuses the file."""
     if not hasattr(model, "adapter_config"):
-        raise Error("the model has no adapter: add_adapter(model) first")
-    if not isinstance(model.adapter_config["activation"], str):
-        raise Error("a file cannot hold a function: give the activation by its name in torch.nn.functional")
+        raise Error("the model has no adapter: add_adapter(model) or add_fusion(model, adapters) first")
     return dict(model.adapter_config)
 
 
-def fusion_config(model):
-    """The adapter_config.json that goes with fusion_state_dict."""
-    if not hasattr(model, "fusion_config"):
-        raise Error("the model has no fusion: add_fusion(model, adapters) first")
-    return dict(model.fusion_config)
+fusion_state_dict, load_fusion_state_dict, fusion_config = adapter_state_dict, load_adapter_state_dict, adapter_config
+
+# ------------------------------------------------------------------------------------------------------------- plumbing
 
 
-def takes_forever(pattern):
-    """Whether a regular expression may need years for a name: it tries each way to share the name among its repeats."""
-    repeats, choices = re.findall(r"[*+?{]", pattern), re.findall(r"[|(]", pattern)
-    return len(repeats) > 4 or len(choices) > 12 or re.search(r"\)[*+{]", pattern) is not None
+def find_targets(model, targets, placement):
+    """{name: layer}: of the linear layers (houlsby), or of what holds some (pfeiffer), those that `targets` names."""
+    layers = {n: m for n, m in model.named_modules() if n and any(map(is_linear, m.modules()))}
+    lists = [n for n, m in layers.items() if isinstance(m, nn.ModuleList)]
+    fitting = [n for n, m in layers.items() if n not in lists and is_linear(m) == (placement == "houlsby")]
+    pattern = targets if isinstance(targets, str) else rf"(.*\.)?({'|'.join(re.escape(str(end)) for end in targets)})"
+    if targets == "blocks":
+        lists = [n for n in lists if not any(n.startswith(f"{outer}.") for outer in lists)]
+        if len(lists) != 1:
+            raise Error(f"blocks are the items of the model's one ModuleList; there are {', '.join(lists) or 'none'}")
+        pattern = rf"{re.escape(lists[0])}\.\d+"
+    try:
+        found = [n for n in fitting if re.fullmatch(pattern, n)]
+    except re.error as error:
+        raise Error(f"targets={targets!r} is no regular expression: {error}") from None
+    if not found:
+        there = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", n) for n in fitting})
+        raise Error(f"targets={targets!r} names no layer for {placement}; there are {', '.join(there) or 'none'}")
+    for name in found:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            raise Error(f"{name} may be read, and not called, by its {type(parent).__name__}: wrap the block")
+    return {n: layers[n] for n in found if not any(n.startswith(f"{outer}.") for outer in found)}
 
 
-def adapter_arguments(config):
-    """add_adapter's arguments, from an adapter_config.json. Error for what add_adapter cannot have written."""
-    if not isinstance(config, dict) or config.get("peft_type") != "BOTTLENECK_ADAPTER":
-        raise Error("this is no bottleneck adapter's configuration: its peft_type must be BOTTLENECK_ADAPTER")
-    arguments = {key: config.get(key) for key in ("placement", "reduction", "bottleneck", "activation")}
-    arguments = {"targets": config.get("target_modules"), **arguments}
-    targets, placement, reduction, bottleneck, activation = arguments.values()
-    if placement not in ("houlsby", "pfeiffer"):
-        raise Error(f"placement must be houlsby or pfeiffer, not {placement!r}")
-    if type(targets) not in (str, list) or not all(isinstance(t, str) for t in targets):
-        raise Error(f"target_modules must be a string or a list of strings, not {targets!r}")
-    if isinstance(targets, str) and takes_forever(targets):
-        raise Error(f"target_modules {targets!r} has too many repeats or choices, or repeats a group: list the names")
-    if (reduction is None) == (bottleneck is None):
-        raise Error(f"give one of reduction and bottleneck, not {reduction!r} and {bottleneck!r}")
-    for size in (reduction, bottleneck):
-        if size is not None and (type(size) is not int or not 1 <= size < 1 << 31):
-            raise Error(f"reduction and bottleneck must be whole numbers above 0, not {size!r}")
-    find_activation(activation)
-    return arguments
+def is_linear(layer):  # Conv1D is Hugging Face's linear layer with the weight as (in, out)
+    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
 
 
-def fusion_arguments(config):
-    """add_fusion's arguments, from an adapter_config.json; load_fusion_state_dict then fills the adapters too."""
-    if not isinstance(config, dict) or config.get("peft_type") != "ADAPTER_FUSION":
-        raise Error("this is no fusion's configuration: its peft_type must be ADAPTER_FUSION")
-    adapters = config.get("adapters")
-    if not isinstance(adapters, list) or not adapters:
-        raise Error(f"adapters must be a list of configurations, not {adapters!r}")
-    for one in adapters:
-        adapter_arguments(one)
-    return {"adapters": [(one, None) for one in adapters]}
+def width(model, layer):
+    """d, the size of what the layer returns; for a block it is in the model's config, or its last linear layer's."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    d = getattr(config, "hidden_size", getattr(config, "n_embd", None))
+    last = [m for m in layer.modules() if is_linear(m)][-1]
+    return d if d and not is_linear(layer) else getattr(last, "nf", None) or last.out_features
+
+
+def replace(model, layers):
+    """Puts each of {name: layer} in every place of the one that has its name: a model may call one layer in several."""
+    new = {model.get_submodule(name): layer for name, layer in layers.items()}
+    for parent in [*model.modules()]:
+        for child, module in parent._modules.items():  # named_children would leave out all places but the first
+            if module in new:
+                setattr(parent, child, new[module])
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    blocks = [nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(2)]
-    model, x = nn.Sequential(*blocks), torch.randn(4, 64)
-    before = model(x)
-    add_adapter(model, r"\d", placement="pfeiffer", bottleneck=8)
-    print(f"Up = 0, so nothing has changed yet: largest difference {(model(x) - before).abs().max():.1e}")
-    model(x).square().sum().backward()
-    A = model[0].adapter
-    print(f"first gradients: |dDown| = {A.down.weight.grad.norm():.2f}, |dUp| = {A.up.weight.grad.norm():.2f}")
-    for p in adapter_parameters(model).values():
-        nn.init.normal_(p, std=0.3)
-    curvature = (A(x) + A(-x) - 2 * A(0 * x)).norm()
-    print(f"no matrix does what A does: |A(x) + A(-x) - 2 A(0)| = {curvature:.2f}, and 0 were it linear")
-    alone, one = model(x).detach(), (adapter_config(model), adapter_state_dict(model))
-    other = one[0], {key: t.flip(0) for key, t in one[1].items()}
-    print(f"removed, it leaves the base bit for bit: {torch.equal(remove_adapter(model)(x), before)}")
-    for what, adapters in (("one adapter", [one]), ("one three times", [one] * 3), ("two adapters", [one, other])):
-        add_fusion(model, adapters)
-        off = (model(x) - alone).abs().max() / alone.abs().max()
-        (model(x).square().sum() + fusion_penalty(model)).backward()
-        Q, V = (layer.weight.grad.norm() for layer in (model[0].adapter.query, model[0].adapter.value))
-        print(f"fusion of {what}: {off:.1e} from the first alone; gradients |dQ| = {Q:.1e}, |dV| = {V:.1e}")
-        remove_adapter(model)
-    d, n_layer, m = 768, 12, 768 // 16
-    count = n_layer * (2 * d * m + m + d)
-    print(f"GPT-2 at m = {m}: pfeiffer {count:,}, houlsby {2 * count:,}, fusion {n_layer * (3 * d * d + 2 * d):,}")
+    u, A, other = torch.tensor([1.0, 2.0]), Adapter(2, 1), Adapter(2, 1)
+    A.down.weight.data.fill_(1)
+    A.up.weight.data[:, 0], other.up.bias.data[1] = torch.tensor([0.5, -0.5]), 1
+    fusion = Fusion([A, other])
+    fusion.query = fusion.key = fusion.value = nn.Identity()
+    print("u + A(u), -u + A(-u), u + fusion(u):", torch.stack([u + A(u), -u + A(-u), u + fusion(u)]).detach())

@@ -1,14 +1,46 @@
 # SPDX-License-Identifier: MIT
-"""Text for the runs: three tasks made from the Python that is running, .txt and .jsonl files, tokenizers, batches.
+"""Text for fine-tuning: batches of plain text or of (prompt, completion) pairs, three built-in tasks, and files.
 
-    library     the source of the standard library and of numpy: what the embedded base was pretrained on
-    reference   the language reference in English, from pydoc_data: how a model of code learns to write prose
-    modules     a function's source, then "# module: ", and the model writes the package that the function comes from
-    x.txt       one text; its last tenth is held out
-    x.jsonl     one {"prompt": ..., "completion": ...} a line; the loss is on the completion and the end of text
+    library     source of the standard library and of numpy; the embedded base was pretrained on it
+    reference   the language reference in English (pydoc_data): a model of source code learns to write prose
+    modules     a function's source and "# module: "; the completion is the package that the function comes from
+    x.txt       one text; its last tenth is for validation
+    x.jsonl     {"prompt": ..., "completion": ...} on each line
 
-Training and validation are split by file, topic or line, and a .txt at one place; never token by token.
-Dimensions: B examples a batch, T tokens an example.
+Plain text is one stream of tokens, with <eot> (end-of-text) between documents. A row of a batch is a window of it:
+
+    stream      <eot>  The    cat    sat    <eot>  A      dog    ran    <eot>
+    input_ids   <eot>  The    cat    sat    <eot>                               length 5
+    labels      -100   The    cat    sat    <eot>
+    next window                             <eot>  A      dog    ran    <eot>   starts at the last token of this one
+
+A pair is a row of its own. Only the completion and the <eot> after it are scored:
+
+    input_ids   <eot>  2      +      2      =      4      <eot>  <eot>  <eot>
+    labels      -100   -100   -100   -100   -100   4      <eot>  -100   -100
+                |------------ prompt -----------|  completion    |-padding-|
+
+B rows, T tokens in a row: input_ids and labels are (B, T) int64. Labels are unshifted (the model shifts them), and a
+label of -100 is not scored.
+
+Why is the prompt masked in the loss? The model is to learn p(completion | prompt). Prompts are given at inference, and
+they are often longer than completions, so that their loss would outweigh that of the answers.
+Why end-of-text? The first token is predicted from it. Between documents it says that what follows does not go on from
+what came before. After a completion it is scored, so that the model learns to stop.
+Why split by file, topic or line, and not by token? Neighbouring windows of a file share names, comments and sentences.
+If one is trained on and the next one validates, memorizing looks like learning.
+
+Padding is on the right in training: no token sees the padding behind it (causal mask), and its labels are -100, so no
+attention mask is needed. For generation it is on the left, because new tokens come after a row's last one. A row that
+is too long loses the beginning of its prompt, since the question mostly stands at the end.
+Length buckets: a batch is as wide as its longest row. Of the validation batches of `modules` (32 rows), 50 % is padding
+with rows in random order, and 2 % with rows of like length together: half the work.
+Nats per token depend on the tokenizer: longer tokens are harder to guess, but there are fewer. Bits per byte compare
+any two models on one text: 2.46 nats a token at 3.28 bytes a token are 2.46 / ln 2 / 3.28 = 1.08 bits per byte.
+
+Typical length: 128 to 1,024, at most the model's positions. Pitfalls: mask labels by position and not by token, or the
+<eot> to stop at is masked with the padding. Prompt and completion are tokenized apart, as in generation, and a space
+between them belongs to the completion (" 4").
 """
 
 import ast
@@ -19,148 +51,139 @@ import sysconfig
 import textwrap
 import tokenize
 import zlib
-from collections import Counter, defaultdict
 from pathlib import Path
 
-import numpy
-import tiktoken
 import torch
-
-TASKS = ("library", "reference", "modules")
-# The packages that `modules` tells apart, in every Python. Not http: its five files have so little in common that one
-# half says nothing of the other. `library` leaves out these and http, as it did when the base was pretrained.
-PACKAGES = ("asyncio", "email", "importlib", "logging", "multiprocessing", "unittest", "urllib", "xml")
-NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-ENDOFTEXT = "<|endoftext|>"
-# GPT-2's cut of a text into words, which merges never cross.
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Over a run of a million blanks tiktoken panics, which no except should catch.
-BLANKS = re.compile(r"(?<!\s)\s{100000}")
 
 
 class Error(ValueError):
     """Data that cannot be used; the message says what would be right."""
 
 
-# ----------------------------------------------------------------------------------------------------------- tokenizer
+# ------------------------------------------------------------------------------------------------------------- batches
+
+class TokenStream:
+    """Texts as one stream of tokens, cut into windows of `length`. encoding is a tiktoken.Encoding."""
+
+    n_truncated = 0  # no text is lost
+
+    def __init__(self, texts, encoding, length):
+        tokens = [encoding.eot_token]
+        for ids in encoding.encode_ordinary_batch(texts):
+            tokens += [*ids, encoding.eot_token]
+        if len(tokens) < length:
+            what = f"{len(tokens)} tokens, in training or in validation, are fewer than the {length} of an example"
+            raise Error(f"{what}: give a longer text, or a smaller --length")
+        self.tokens, self.length, self.encoding = torch.tensor(tokens), length, encoding
+
+    def sample(self, size):
+        """For training: (input_ids, labels), both (size, length), windows at random places."""
+        start = torch.randint(len(self.tokens) - self.length + 1, (size, 1))
+        ids = self.tokens[start + torch.arange(self.length)]  # (B, T)
+        return ids, self.labels(ids)
+
+    def batches(self, size):
+        """For validation: (input_ids, labels) in order, each token after the first scored once."""
+        windows = self.tokens.unfold(0, self.length, self.length - 1)  # (n, T), each starts where the last one ended
+        for ids in windows.split(size):
+            yield ids, self.labels(ids)
+        rest = self.tokens[len(windows) * (self.length - 1) :][None]
+        if rest.size(1) > 1:
+            yield rest, self.labels(rest)
+
+    def labels(self, ids):
+        """The ids, but -100 for a window's first: with a soft prompt in front it would be guessed from no text."""
+        return torch.cat((torch.full_like(ids[:, :1], -100), ids[:, 1:]), 1)
+
+    def opening(self):
+        """The first words, as a prompt for a sample."""
+        return self.encoding.decode(self.tokens[1:17].tolist())
+
+    def bytes(self):
+        """Bytes of text that `batches` scores: what bits per byte are counted over."""
+        return count_bytes(self.tokens.tolist(), self.encoding)
 
 
-def byte_alphabet():
-    """GPT-2's printable stand-in for each of the 256 bytes, in the order of their token ids: {byte: character}."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    rest = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
+class CompletionDataset:
+    """(prompt, completion) pairs as rows of at most `length` tokens.
+
+    items are (prompt ids with <eot> before, completion ids with <eot> after). Too long a row loses the beginning of its
+    prompt; a completion that alone is too long keeps its first length - 1 tokens. n_truncated counts such rows.
+    """
+
+    def __init__(self, pairs, encoding, length):
+        self.encoding, self.pad, self.items, self.n_truncated = encoding, encoding.eot_token, [], 0
+        prompts = encoding.encode_ordinary_batch([prompt for prompt, _ in pairs])
+        completions = encoding.encode_ordinary_batch([completion for _, completion in pairs])
+        for prompt, completion in zip(prompts, completions):
+            prompt, completion = [self.pad, *prompt], [*completion, self.pad]
+            self.n_truncated += len(prompt) + len(completion) > length
+            completion = completion[: length - 1]
+            self.items.append((prompt[len(completion) - length :], completion))
+
+    def collate(self, items):
+        """(input_ids, labels), both (len(items), longest): padded on the right, labels -100 but for completions."""
+        ids = torch.full((len(items), max(len(p) + len(c) for p, c in items)), self.pad)
+        labels = torch.full_like(ids, -100)
+        for row, (p, c) in enumerate(items):
+            ids[row, : len(p) + len(c)] = torch.tensor(p + c)
+            labels[row, len(p) : len(p) + len(c)] = torch.tensor(c)
+        return ids, labels
+
+    def sample(self, size):
+        """For training: a batch of random pairs."""
+        return self.collate([self.items[i] for i in torch.randint(len(self.items), (size,)).tolist()])
+
+    def batches(self, size):
+        """For validation: every pair once, in batches of like length."""
+        yield from map(self.collate, self.length_buckets(size))
+
+    def length_buckets(self, size):
+        """Lists of `size` items of like length, so that little is padded."""
+        items = sorted(self.items, key=lambda item: len(item[0]) + len(item[1]))
+        return [items[i : i + size] for i in range(0, len(items), size)]
+
+    def opening(self):
+        return self.encoding.decode(self.items[0][0][1:]).lstrip("\ufffd")  # the rest of a character that was cut
+
+    def bytes(self):
+        return sum(count_bytes(completion, self.encoding) for _, completion in self.items)
 
 
-def load_tokenizer(folder):
-    """The tiktoken.Encoding of a folder's vocab.json and merges.txt (GPT-2's files)."""
-    folder = Path(folder)
-    byte_of = {char: byte for byte, char in byte_alphabet().items()}
-    for name in ("vocab.json", "merges.txt"):
-        if not os.path.isfile(folder / name):  # a pipe would be waited for
-            raise Error(f"{folder / name}: no such file; vocab.json and merges.txt are GPT-2's tokenizer")
-    try:
-        vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
-        lines = (folder / "merges.txt").read_text("utf-8").splitlines()
-        merges = [line.replace(" ", "") for line in lines if line and not line.startswith("#version")]
-        special = {ENDOFTEXT: vocab.pop(ENDOFTEXT)}
-        ranks = {bytes(byte_of[c] for c in token): id for token, id in vocab.items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise Error(f"{folder} has no GPT-2 tokenizer (vocab.json with {ENDOFTEXT}, merges.txt): {error!r}") from None
-    ids = [*vocab.values(), *special.values()]
-    if any(type(id) is not int for id in ids) or sorted(ids) != [*range(len(ids))]:
-        raise Error(f"{folder / 'vocab.json'}: token ids must be 0 to {len(ids) - 1}, each once")
-    if not {bytes([b]) for b in range(256)} <= ranks.keys():
-        raise Error(f"{folder / 'vocab.json'}: each of the 256 bytes must be a token")
-    # tiktoken merges the pair whose result has the lowest id first: the ids must be in the order of the merges.
-    if [*vocab] != sorted(vocab, key=vocab.get) or [*vocab][256:] != merges or len(ranks) != len(vocab):
-        raise Error(f"{folder / 'vocab.json'}: token ids must follow the order of merges.txt")
-    return tiktoken.Encoding(str(folder), pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+def count_bytes(ids, encoding):
+    """Bytes of text in these tokens, end-of-text aside."""
+    return sum(len(token) for token in encoding.decode_tokens_bytes([i for i in ids if i != encoding.eot_token]))
 
 
-def save_tokenizer(encoding, folder):
-    """Writes vocab.json and merges.txt, as load_tokenizer and transformers.AutoTokenizer read them."""
-    folder, alphabet = Path(folder), byte_alphabet()
-    ranks = encoding._mergeable_ranks
-    text = {token: "".join(alphabet[b] for b in token) for token in ranks}
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) > 1:
-            # The pair that made a token: what is left of it when only the merges before its own are applied.
-            parts = [bytes([b]) for b in token]
-            while len(parts) > 2:
-                pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-                if min(pairs) >= rank:
-                    raise Error(f"no merges of the tokenizer make {token!r}, one of its tokens")
-                i = pairs.index(min(pairs))
-                parts[i : i + 2] = [parts[i] + parts[i + 1]]
-            merges.append(f"{text[parts[0]]} {text[parts[1]]}")
-    vocab = {text[token]: rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])}
-    folder.mkdir(parents=True, exist_ok=True)
-    vocab |= {ENDOFTEXT: encoding.eot_token}
-    lines = ["#version: 0.2", *merges, ""]
-    files = {"vocab.json": json.dumps(vocab, ensure_ascii=False), "merges.txt": "\n".join(lines)}
-    for name, content in files.items():
-        (folder / f"{name}.new").write_text(content, "utf-8")
-        os.replace(folder / f"{name}.new", folder / name)  # whole or not at all
+def load(name, encoding, length):
+    """(training, validation), each a TokenStream or a CompletionDataset, of a task or of a .txt or .jsonl file."""
+    if name in TASKS:
+        splits = TASKS[name]()
+    elif name.endswith(".txt"):
+        splits = split_text(read(name))
+    elif name.endswith(".jsonl"):
+        splits = split_pairs(read(name), name)
+    else:
+        raise Error(f"no data {name!r}: give {', '.join(TASKS)}, or a .txt or .jsonl file")
+    kind = CompletionDataset if isinstance(splits[0][0], tuple) else TokenStream
+    return tuple(kind(split, encoding, length) for split in splits)
 
 
-def train_tokenizer(texts, vocab_size):
-    """Byte-level BPE (arXiv 1508.07909, algorithm 1): merge the most frequent pair of neighbours, again and again."""
-    import regex  # a dependency of tiktoken
+# --------------------------------------------------------------------------------------------------------------- tasks
 
-    words = Counter(word for text in texts for word in regex.findall(PATTERN, text))
-    words = [([bytes([b]) for b in word.encode()], n) for word, n in words.items()]
-    counts, where = Counter(), defaultdict(set)  # of each pair: how often it occurs, and in which words
-    for i, (parts, n) in enumerate(words):
-        for pair in zip(parts, parts[1:]):
-            counts[pair] += n
-            where[pair].add(i)
-    ranks = {bytes([b]): rank for rank, b in enumerate(byte_alphabet())}
-    while len(ranks) < vocab_size - 1:
-        best = max(counts, key=lambda pair: (counts[pair], pair))
-        ranks[b"".join(best)] = len(ranks)
-        for i in where.pop(best):
-            parts, n = words[i]
-            for pair in zip(parts, parts[1:]):
-                counts[pair] -= n
-            merged = []
-            for part in parts:
-                if merged and (merged[-1], part) == best:
-                    merged[-1] += part
-                else:
-                    merged.append(part)
-            words[i] = merged, n
-            for pair in zip(merged, merged[1:]):
-                counts[pair] += n
-                where[pair].add(i)
-        del counts[best]
-    return tiktoken.Encoding("nano", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={ENDOFTEXT: vocab_size - 1})
-
-
-# ----------------------------------------------------------------------------------------------------------- documents
-
-
-def source_files(folder):
-    """{path relative to folder: source} of every .py file below it but tests and installed packages."""
-    files = {}
-    for path in sorted(folder.rglob("*.py")):
-        parts = path.relative_to(folder).parts
-        if set(parts) & NOT_LIBRARY or parts[-1].startswith("_sysconfig"):  # the last: paths of this machine
-            continue
-        try:
-            with tokenize.open(path) as file:  # by the file's own coding line
-                files["/".join(parts)] = file.read()
-        except (SyntaxError, UnicodeDecodeError):
-            continue
-    return files
+# The packages that `modules` tells apart; every Python has them. http is not one of them: its five files have so little
+# in common that one half says nothing about the other. The base was pretrained without them and without http.
+PACKAGES = ("asyncio", "email", "importlib", "logging", "multiprocessing", "unittest", "urllib", "xml")
+NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 
 
 def library():
-    """The standard library's files, and numpy's, as (training, validation) texts.
+    """(training, validation) texts: the files of the standard library, and numpy's for training.
 
-    Held out is one of the library's files in 20, by a checksum of its path: the same ones on every machine.
+    One file in 20 is held out by a checksum of its path: the same files on every machine.
     """
+    import numpy
+
     train, valid = [*source_files(Path(numpy.__file__).parent).values()], []
     for path, source in source_files(Path(sysconfig.get_path("stdlib"))).items():
         if path.split("/")[0] not in (*PACKAGES, "http", "pydoc_data") and source:
@@ -170,9 +193,9 @@ def library():
 
 
 def reference():
-    """The topics of the language reference as (training, validation) texts; every fifth topic is held out.
+    """(training, validation) texts: the topics of the language reference; every fifth one is held out.
 
-    Topics repeat one another: a paragraph that is held out is taken from the training side as well.
+    Topics repeat one another, so a paragraph of a topic that is held out is taken out of all training texts.
     """
     from pydoc_data.topics import topics
 
@@ -183,18 +206,33 @@ def reference():
 
 
 def modules():
-    """Functions and methods of PACKAGES as (training, validation) lists of (prompt, package), split by file."""
+    """(training, validation) lists of (prompt with a function, package), split by file into about halves."""
     train, valid = [], []
     for package in PACKAGES:
         functions = {}
         for path, source in source_files(Path(sysconfig.get_path("stdlib"), package)).items():
             functions[path] = [(f"{f[:800]}\n# module: ", package) for f in top_functions(source)]
         counts = [0, 0]
-        for found in sorted(functions.values(), key=len, reverse=True):
-            side = counts[0] > counts[1]  # largest file first, so that both sides get about half
-            (valid if side else train).extend(found)
-            counts[side] += len(found)
+        for found in sorted(functions.values(), key=len, reverse=True):  # the largest file first: the halves even out
+            to_valid = counts[0] > counts[1]
+            (valid if to_valid else train).extend(found)
+            counts[to_valid] += len(found)
     return train, valid
+
+
+def source_files(folder):
+    """{path relative to folder: source} of every .py file below it but tests and installed packages."""
+    files = {}
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).parts
+        if set(parts) & NOT_LIBRARY or parts[-1].startswith("_sysconfig"):  # the last has paths of this machine
+            continue
+        try:
+            with tokenize.open(path) as file:  # decodes it as its own coding line says
+                files["/".join(parts)] = file.read()
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+    return files
 
 
 def top_functions(source):
@@ -210,114 +248,12 @@ def top_functions(source):
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------- batches
+TASKS = {"library": library, "reference": reference, "modules": modules}
 
 
-class Text:
-    """Texts joined by end-of-text into one stream, from which windows of `length` tokens are cut."""
+# --------------------------------------------------------------------------------------------------------------- files
 
-    def __init__(self, texts, encoding, length):
-        tokens = [encoding.eot_token]
-        for ids in encoding.encode_ordinary_batch(texts):
-            tokens += [*ids, encoding.eot_token]
-        if len(tokens) < length:
-            what = f"{len(tokens)} tokens, in training or in validation, are fewer than the {length} of an example"
-            raise Error(f"{what}: give a longer text, or a smaller --length")
-        self.tokens, self.length, self.encoding, self.cut = torch.tensor(tokens), length, encoding, 0
-
-    def sample(self, size):
-        """(input_ids, labels), both (size, length), at random places."""
-        start = torch.randint(len(self.tokens) - self.length + 1, (size, 1))
-        ids = self.tokens[start + torch.arange(self.length)]  # (B, T)
-        return ids, self.labels(ids)
-
-    def batches(self, size):
-        """(input_ids, labels) in order, each token after the first scored once."""
-        windows = self.tokens.unfold(0, self.length, self.length - 1)  # (n, T), each starts where the last one ended
-        for ids in windows.split(size):
-            yield ids, self.labels(ids)
-        rest = self.tokens[len(windows) * (self.length - 1) :][None]
-        if rest.size(1) > 1:
-            yield rest, self.labels(rest)
-
-    def labels(self, ids):
-        """All but the first token of a window, which a prompt in front of it would otherwise have to guess."""
-        return torch.cat((torch.full_like(ids[:, :1], -100), ids[:, 1:]), 1)
-
-    def opening(self):
-        """The first tokens of the data, for a sample to go on from."""
-        return self.encoding.decode(self.tokens[1:17].tolist())
-
-    def bytes(self):
-        """Bytes of text that `batches` scores."""
-        return count_bytes(self.tokens.tolist(), self.encoding)
-
-
-class Examples:
-    """(prompt, completion) pairs; the loss is on the completion and the end of text after it.
-
-    Of an example with more than `length` tokens, the end of the prompt is kept, and of a completion that fills it alone
-    the beginning, after one token of the prompt; `cut` counts them.
-    """
-
-    def __init__(self, pairs, encoding, length):
-        self.encoding, self.pad, self.items, self.cut = encoding, encoding.eot_token, [], 0
-        prompts = encoding.encode_ordinary_batch([prompt for prompt, _ in pairs])
-        completions = encoding.encode_ordinary_batch([completion for _, completion in pairs])
-        for prompt, completion in zip(prompts, completions):
-            prompt, completion = [self.pad, *prompt], [*completion, self.pad]
-            self.cut += len(prompt) + len(completion) > length
-            completion = completion[: length - 1]
-            self.items.append((prompt[len(completion) - length :], completion))
-
-    def pack(self, items):
-        """(input_ids, labels), both (len(items), longest): padded on the right, labels -100 but for the completion."""
-        ids = torch.full((len(items), max(len(p) + len(c) for p, c in items)), self.pad)
-        labels = torch.full_like(ids, -100)
-        for row, (p, c) in enumerate(items):
-            ids[row, : len(p) + len(c)] = torch.tensor(p + c)
-            labels[row, len(p) : len(p) + len(c)] = torch.tensor(c)
-        return ids, labels
-
-    def sample(self, size):
-        return self.pack([self.items[i] for i in torch.randint(len(self.items), (size,)).tolist()])
-
-    def by_length(self, size):
-        """Lists of `size` items, alike in length so that little is padded."""
-        items = sorted(self.items, key=lambda item: len(item[0]) + len(item[1]))
-        return [items[i : i + size] for i in range(0, len(items), size)]
-
-    def batches(self, size):
-        yield from map(self.pack, self.by_length(size))
-
-    def opening(self):
-        return self.encoding.decode(self.items[0][0][1:]).lstrip("\ufffd")  # of a character that was cut in two
-
-    def bytes(self):
-        return sum(count_bytes(completion, self.encoding) for _, completion in self.items)
-
-
-def count_bytes(ids, encoding):
-    """Bytes of text in these tokens, end-of-text aside."""
-    return sum(len(token) for token in encoding.decode_tokens_bytes([i for i in ids if i != encoding.eot_token]))
-
-
-def load(name, encoding, length):
-    """(training, validation) data, each `Text` or `Examples`, of a task or of a .txt or .jsonl file."""
-    if name == "library":
-        sides = library()
-    elif name == "reference":
-        sides = reference()
-    elif name == "modules":
-        sides = modules()
-    elif name.endswith(".txt"):
-        sides = split_text(read(name))
-    elif name.endswith(".jsonl"):
-        sides = split_pairs(read(name), name)
-    else:
-        raise Error(f"no data {name!r}: give {', '.join(TASKS)}, or a .txt or .jsonl file")
-    kind = Examples if isinstance(sides[0][0], tuple) else Text
-    return tuple(kind(side, encoding, length) for side in sides)
+BLANKS = re.compile(r"(?<!\s)\s{100000}")  # over a million of them tiktoken panics, which no except should catch
 
 
 def read(path):
@@ -357,7 +293,7 @@ def split_pairs(text, path):
             continue
         try:
             example = json.loads(line)
-        except (ValueError, RecursionError) as error:  # no JSON, a number of 5,000 digits, 10,000 lists in each other
+        except (ValueError, RecursionError) as error:  # no JSON, a number of 5,000 digits, 10,000 nested lists
             raise Error(f"{path}, line {number}: no JSON: {error}") from None
         if not isinstance(example, dict) or not all(isinstance(example.get(k), str) for k in ("prompt", "completion")):
             raise Error(f'{path}, line {number}: needs a text for "prompt" and for "completion"')
@@ -377,5 +313,18 @@ def split_pairs(text, path):
 
 
 if __name__ == "__main__":
-    save_tokenizer(train_tokenizer(library()[0], vocab_size=3072), Path(__file__).parent / "base")
-    print("trained the base's tokenizer on the library: nanopeft/base/vocab.json, merges.txt")
+    import tiktoken
+
+    tokens = [*map(bytes, zip(range(256))), *(w.encode() for w in "The| cat| sat|A| dog| ran| 2| +| =| 4".split("|"))]
+    ranks, special = {token: i for i, token in enumerate(tokens)}, {"<|endoftext|>": len(tokens)}
+    toy = tiktoken.Encoding("toy", pat_str=r" ?\S+", mergeable_ranks=ranks, special_tokens=special)
+    windows = TokenStream(["The cat sat", "A dog ran"], toy, 5)
+    pairs = CompletionDataset([("2 + 2 =", " 4"), ("The cat", " sat")], toy, 9)
+    for title, dataset in (("windows of 5 tokens", windows), ("prompt and completion", pairs)):
+        print(f"{title}, first the ids, then the labels:")
+        for row in torch.cat(next(dataset.batches(2))).tolist():
+            words = ["-100" if i < 0 else toy.decode([i]).replace("<|endoftext|>", "<eot>").strip() for i in row]
+            print("   ", *(f"{word:6}" for word in words))
+    for name, task in TASKS.items():
+        train, valid = ([len("".join(text).encode()) for text in split] for split in task())
+        print(f"{name}: {len(train):,} texts of {sum(train):,} bytes, and to validate {len(valid):,} of {sum(valid):,}")

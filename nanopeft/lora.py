@@ -1,31 +1,70 @@
 # SPDX-License-Identifier: MIT
-"""LoRA: a frozen weight learns through two thin factors beside it.
+"""LoRA, low-rank adaptation: W stays frozen, and a low-rank update ΔW = s · B A is trained beside it.
 
-    y = x Wᵀ + b + s · dropout(x) Aᵀ Bᵀ          s = α / r,  or  α / √r  (rsLoRA)
-    merged:  W ← W + s · B A                      no cost left at inference
+    y = x Wᵀ + b + s · dropout(x) Aᵀ Bᵀ           s = α / r;  rsLoRA: s = α / √r
+    merged:  W ← W + s · B A                       the same function, up to the rounding of W's dtype
 
-Dimensions: x (..., in), y (..., out); A (r, in) and B (out, r) trained; W (out, in), b and the whole rest frozen.
-For an embedding table E (V, d), where x is a row number:  y = E[x] + s · Aᵀ[x] Bᵀ,  A (r, V), B (d, r).
+    x (..., in) ──┬───────────── W (out, in), b ─────────────(+)── y (..., out)        W and b are frozen
+                  └── dropout ── A (r, in) ── s ── B (out, r) ──┘                      A and B are trained
 
-Why it is cheap: r (in + out) numbers are trained instead of in · out. Gradients and Adam's moments exist for these
-alone, and the step skips the product that would give dW: 2 of the 3 large ones remain. The activations stay: dA needs
-x, and the gradient still has to travel down to the lowest layer.
+An embedding table E (V, d) has A (r, V) and B (d, r):  y = E[i] + s · Aᵀ[i] Bᵀ  for the token with number i.
 
-Why it starts at B = 0: the product must be zero, so that training starts from the pretrained model. Then the gradient
-dA = s Bᵀ dyᵀ x is zero as well, while dB = s dyᵀ (x Aᵀ) is not: the first step moves B alone. If A and B were both
-zero, both gradients would be, for ever. Which of them is zero is free; for embeddings it is A, as in the paper's code.
+Why low rank: large models can be fine-tuned in a random subspace of few dimensions, their "intrinsic dimension" (arXiv
+2012.13255). LoRA's hypothesis is that the ΔW of each matrix has a low rank too. In the paper r = 1 to 8 is enough for q
+and v of GPT-3; it is not a theorem. A product B A per matrix is cheap, and can be merged.
 
-Why α / r: so that α and the learning rate need not be tuned anew for each r (the paper, section 4.1). But a step η of
-gradient descent on B changes W by -η s dB A = -η s² (dyᵀ x) AᵀA, and AᵀA, a sum over r rows that are drawn alike for
-any r (init="kaiming"), grows like r: at s = α / r the change shrinks as r grows, at s = α / √r it keeps its size. Hence
-rsLoRA, for large r.
+Why one factor starts at zero, and only one: ΔW must be 0 for training to start from the pretrained model. Here A is
+random and B = 0. The gradients are  dB = s · dyᵀ (x Aᵀ)  and  dA = s · Bᵀ dyᵀ x,  so the first step moves B alone. With
+A = B = 0 both gradients would be zero for ever. A = 0 and a random B work too, and embeddings start so in the paper's
+code. But a random A is reported to stay stable at larger learning rates (arXiv 2406.08447).
 
-Where to put it: on any linear layer or embedding. The paper adapts attention alone, mostly q and v; QLoRA (section 4)
-had to adapt all linear layers to match full fine-tuning, and found that r matters little. `ranks` gives single layers
-other ranks.
+What α is for: s scales the update, so it acts like a learning rate. The first step, with dB = s · G Aᵀ and G = dyᵀ x:
+    Adam:  ΔB = -lr · sign(dB)    the loss falls by lr · |dB|₁ ∝ s r  (out · r terms ∝ s);   |ΔW| = s |ΔB A| ∝ s √r
+    SGD:   ΔB = -lr · dB          the loss falls by lr · |dB|² ∝ s² r
+An entry of ΔB A sums r terms of random sign, hence √r. It assumes that A's entries do not depend on r, which holds for
+init="kaiming" but not for "gaussian" (deviation 1/r). With s = α / r, Adam's early loss curve is the same for each r
+(SGD's falls as 1/r), while |ΔW| goes as 1/√r. With s = α / √r, Adam's |ΔW| is the same, and the loss falls as √r (SGD's
+is the same). Why rsLoRA: its paper finds that with α / r the learning of large ranks collapses, while α / √r keeps it
+stable, so that a larger r helps.
 
-Beside its sisters: unlike adapters and prompts it can be merged; unlike QLoRA the frozen weight is kept as it came.
+What it saves: gradients and Adam's two moments exist for r (in + out) numbers instead of in · out. Of a layer's three
+large products (y, dx, dW) the last is left out: about 2/3 of the FLOPs remain. Less time is saved: A's and B's products
+are too small to use the hardware well, and attention and norms take their time as before. The activations stay in
+memory: dA needs x, and the gradient runs down to the lowest A.
 
+Example: W is 4096 x 4096 and r = 8. W has 16,777,216 numbers, A and B have 8 · (4096 + 4096) = 65,536, one in 256.
+Full fine-tuning in bf16 takes 16 bytes a number (weight 2, gradient 2, fp32 copy 4, Adam's moments 8): 268 MB. LoRA
+takes 2 for W, and 16 for A and B (fp32 weight 4, gradient 4, moments 8): 34.6 MB. FLOPs: two of three large products
+remain, and A and B have three small ones each, 3r (in + out) beside 3 · in · out: 2/3 + 2r/4096 = 67.1 %. GPT-2 with
+r = 8 on c_attn trains 294,912 numbers of 124,439,808.
+
+How to choose ([S]: "LoRA Without Regret", Schulman et al., 2025):
+  targets  All linear layers. The LoRA paper adapts q and v; the QLoRA paper (section 4) needed all layers to match full
+           fine-tuning. In [S] the MLP matters most, and attention alone is worse.
+  r, α     r = 8 to 64, more for more data; the targets matter more. α = 16, 32 or 2r; the paper does not tune it.
+  lr       About 10 times full fine-tuning's [S], found by experiment. One reason: at in = 4096, r = 8, α = 32, Adam's
+           first step moves an entry of W by lr/10, not lr. The paper's GPT-2 runs and QLoRA take 2e-4 with AdamW.
+When to use it: memory is short, many tasks share one base, or the base's abilities must stay. When not: there is much
+new knowledge to learn (continued pre-training), and memory for it. LoRA falls behind full fine-tuning when the data
+exceed its capacity, the learning rate is too small, or the batch is very large [S].
+Several adapters: keep one W, unmerged. The batch shares the product W x, and each row adds its own B A x. An adapter of
+the example takes 131 kB in 16 bits, W 33.6 MB. Forgetting: without the adapter the model is the old one to the bit.
+With it, LoRA forgets less than full fine-tuning, and learns less (arXiv 2405.09673).
+
+Pitfalls:
+  * Merging rounds W + ΔW to W's dtype, which loses small updates though the sum is in fp32. With bf16 weights of RMS
+    0.036 and an update of RMS 1e-4, 52 % of the weights do not change and the error is 50 % of the update.
+  * Subtracting s · B A after a merge does not restore W's bits. unmerge_lora puts back a copy: until remove_lora the
+    weights take twice the memory and state_dict() has each unmerged_weight. While merged, A and B get no gradient.
+  * A tied weight (GPT-2's embedding and head) cannot be merged at one end: the other end would change too.
+  * Two adapters merged into one W add up, ΔW₁ + ΔW₂, and may disturb each other.
+
+Variants: LoRA+ (2402.12354) gives B about 16 times A's learning rate. DoRA (2402.09353) trains the length of W's rows
+apart from their direction. PiSSA (2404.02948) starts A and B as W's largest singular part, LoftQ (2310.08659) as a
+correction of W's quantization error. AdaLoRA (2303.10512) trains P Λ Q and prunes singular values, under one budget for
+all layers. VeRA (2310.11454) trains two vectors per layer; its A and B are random, frozen and shared.
+Compared with related methods: QLoRA keeps W in 4 bits. An adapter, prefix or prompt costs time or context at inference,
+a merged LoRA nothing. The whole family in one table: nanopeft/__init__.py.
 Papers: LoRA, arXiv 2106.09685, eq. 3; rsLoRA, arXiv 2312.03732; QLoRA, arXiv 2305.14314.
 """
 
@@ -44,129 +83,208 @@ class Error(ValueError):
     """Wrong use of LoRA; the message says what would be right."""
 
 
-# ---------------------------------------------------------------------------------------------------------- mathematics
-
-
-def delta_weight(A, B, scaling):
-    """s · B A: (out, r) and (r, in) give (out, in). In fp32 or wider: small updates vanish in a 16-bit sum."""
-    wide = torch.promote_types(A.dtype, torch.float32)
-    return scaling * (B.to(wide) @ A.to(wide))
-
-
-# -------------------------------------------------------------------------------------------------------------- layers
+def new_factors(layer, r, init):
+    """A (r, in) and B (out, r), one random and one 0, in fp32 even if the layer is in 16 bits (in fp64 for fp64)."""
+    n_in, n_out = (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else layer.weight.shape
+    dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+    A, B = (nn.Parameter(torch.zeros(n, dtype=dtype, device=layer.weight.device)) for n in ((r, n_in), (n_out, r)))
+    if isinstance(layer, nn.Embedding):
+        nn.init.normal_(B)
+    elif init == "kaiming":
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # uniform within ±1/√in
+    else:
+        nn.init.normal_(B if init == "reverse" else A, std=1 / r)
+    return A, B
 
 
 class LoRALinear(nn.Module):
-    """Holds an nn.Linear, or a Hugging Face Conv1D, and adds the update. A and B are in fp32 even beside 16 bits."""
-
-    def __init__(self, base_layer, r, alpha, dropout, rslora, init):
-        super().__init__()
-        self.base_layer = base_layer
-        weight = base_layer.weight
-        # Hugging Face's Conv1D is a linear layer that keeps its weight as (in, out)
-        self.is_conv1d = type(base_layer).__name__ == "Conv1D"
-        n_in, n_out = weight.shape if self.is_conv1d else (base_layer.in_features, base_layer.out_features)
-        wide = dict(dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32, device=weight.device)
-        self.lora_A = nn.Parameter(torch.zeros(r, n_in, **wide))
-        self.lora_B = nn.Parameter(torch.zeros(n_out, r, **wide))
-        if init == "kaiming":
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # uniform within ±1/√in
-        else:
-            nn.init.normal_(self.lora_B if init == "reverse" else self.lora_A, std=1 / r)
-        self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
-        self.dropout = nn.Dropout(dropout)
-        self.enabled = True
-        self.register_buffer("original", None)  # the base weight's own bits, while it is merged
+    """A frozen linear layer and its update."""
 
     weight = property(lambda self: self.base_layer.weight)
     bias = property(lambda self: self.base_layer.bias)
 
-    def forward(self, x):
-        if not self.enabled or self.original is not None:
-            return self.base_layer(x)
-        rows = x.reshape(-1, x.size(-1))  # (n, in)
-        y = self.base_layer(rows)  # (n, out)
-        low = F.linear(self.dropout(rows), self.lora_A.to(x.dtype)).to(y.dtype)  # (n, r)
-        # y += s · low Bᵀ: onto the layer's own output, with no second tensor of its size
-        y.addmm_(low, self.lora_B.to(y.dtype).t(), alpha=self.scaling)
-        return y.view(*x.shape[:-1], y.size(-1))
-
-    def delta(self):
-        delta = delta_weight(self.lora_A, self.lora_B, self.scaling)
-        return delta.t() if self.is_conv1d else delta
-
-
-class LoRAEmbedding(nn.Module):
-    """Holds an nn.Embedding and adds the update. A starts at 0. A row number, the branch's input, has no dropout."""
-
     def __init__(self, base_layer, r, alpha, dropout, rslora, init):
         super().__init__()
-        self.base_layer = base_layer
-        weight = base_layer.weight
-        wide = dict(dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32, device=weight.device)
-        self.lora_embedding_A = nn.Parameter(torch.zeros(r, weight.size(0), **wide))
-        self.lora_embedding_B = nn.Parameter(torch.randn(weight.size(1), r, **wide))
+        self.base_layer, self.enabled = base_layer, True
         self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
-        self.enabled = True
-        self.register_buffer("original", None)
+        self.lora_A, self.lora_B = new_factors(base_layer, r, init)  # (r, in), (out, r)
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("unmerged_weight", None)  # a copy of W while the layer is merged
 
-    weight = property(lambda self: self.base_layer.weight)
-
-    def forward(self, ids):
-        y = self.base_layer(ids)  # (..., d)
-        if not self.enabled or self.original is not None:
+    def forward(self, x):
+        y = self.base_layer(x)  # (..., out)
+        if not self.enabled or self.unmerged_weight is not None:
             return y
-        low = F.embedding(ids, self.lora_embedding_A.t(), self.base_layer.padding_idx)  # (..., r)
-        update = self.scaling * F.linear(low, self.lora_embedding_B)  # (..., d)
-        return y + (update * getattr(self.base_layer, "embed_scale", 1)).to(y.dtype)  # Gemma scales its embeddings
+        return y + self.update(x).to(y.dtype)
+
+    def update(self, x):
+        # s · B (A dropout(x)).  Only A and B are cast to x's dtype, because they are small.
+        h = self.scaling * F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r)
+        return F.linear(h, self.lora_B.to(h.dtype))  # (..., out)
 
     def delta(self):
-        return delta_weight(self.lora_embedding_A, self.lora_embedding_B, self.scaling).t()  # (V, d)
+        """ΔW = s · B A, (out, r) @ (r, in) = (out, in), in fp32 or fp64."""
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        delta = self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+        return delta if isinstance(self.base_layer, nn.Linear) else delta.t()  # E is (V, d), and Conv1D's W (in, out)
 
 
-# --------------------------------------------------------------------------------------------------------------- verbs
+class LoRAEmbedding(LoRALinear):
+    """A frozen embedding, which is a linear layer on one-hot vectors. A starts at 0. There is no dropout."""
+
+    def update(self, ids):
+        h = self.scaling * F.embedding(ids, self.lora_A.t(), self.base_layer.padding_idx)  # (..., r)
+        return F.linear(h, self.lora_B) * getattr(self.base_layer, "embed_scale", 1)  # Gemma scales its embeddings
+
+
+# ----------------------------------------------------------------------------------------------------------------- use
 
 
 def add_lora(model, targets="all-linear", *, r=8, alpha=16, dropout=0.0, ranks=None, rslora=False, init="kaiming"):
-    """Freezes the model, wraps its target layers in place and returns it.
+    """Freezes the model, wraps its target layers in place and returns it. Wrong use: Error, and nothing has changed.
 
-    targets: ends of layer names, ("c_attn", "mlp.c_proj"); or one regular expression for the whole name; or
-        "all-linear", every linear layer but the head. r: rank. alpha: α. dropout: on the input of A alone.
-    ranks: {regular expression for the end of a layer's name: its rank}, as peft's rank_pattern; the first match holds.
-    init: "kaiming" (peft's default) or "gaussian" draws A and sets B = 0; "reverse" sets A = 0 and draws B. (Embeddings
-        always start with A = 0.)
+    targets: a list of ends of layer names, ["c_attn", "mlp.c_proj"]; or one regular expression for whole names; or
+        "all-linear", every linear layer but the head. ranks: {regular expression for the end of a name: its own r}.
+    init: "kaiming" or "gaussian" draws A and sets B = 0; "reverse" draws B and sets A = 0. Embeddings have neither a
+        choice of init (A = 0, B normal) nor dropout.
     Cast the model before, not after: model.to(torch.bfloat16) would cast A and B too.
-    Raises Error, with the model untouched, if there is nothing to wrap, or LoRA is there already.
     """
     ranks = dict(ranks or {})
     if lora_layers(model):
         raise Error("the model has LoRA already: remove_lora(model) first")
     if any(type(n) is not int or not 1 <= n < 1 << 31 for n in (r, *ranks.values())):
         raise Error(f"a rank must be a whole number of at least 1: r={r}, ranks={ranks}")
-    if not 0 <= dropout < 1 or not abs(alpha) <= torch.finfo(torch.float32).max:
-        raise Error(f"dropout must be in [0, 1) and alpha finite, not {dropout} and {alpha}")
-    if init not in ("kaiming", "gaussian", "reverse"):
-        raise Error(f"init must be kaiming, gaussian or reverse, not {init!r}")
-    layers = find_targets(model, targets)
-    rank_of = {name: next((ranks[key] for key in ranks if name_ends(key, name)), r) for name in layers}
-    for key in ranks:
-        if not any(name_ends(key, name) for name in layers):
-            raise Error(f"ranks: {key!r} matches no target; there are {names(layers)}")
+    if not (0 <= dropout < 1 and abs(alpha) <= 3.4e38 and init in ("kaiming", "gaussian", "reverse")):
+        got = f"{dropout}, {alpha}, {init!r}"
+        raise Error(f"dropout must be in [0, 1), alpha finite, init kaiming, gaussian or reverse; not {got}")
+    found = find_targets(model, targets)
+    rank = dict.fromkeys(found, r)
+    for end, n in reversed(ranks.items()):  # the first that matches a name counts, so it is set last
+        fitting = matching(rf"(.*\.)?({end})", found)  # peft's rule: the whole name, or all of it after a dot
+        if not fitting:
+            raise Error(f"ranks: {end!r} matches no target; there are {names(found)}")
+        rank |= dict.fromkeys(fitting, n)
     wrapped = {}
-    for name, layer in layers.items():
+    for name, layer in found.items():
         wrapper = LoRAEmbedding if isinstance(layer, nn.Embedding) else LoRALinear
-        wrapped[name] = wrapper(layer, rank_of[name], alpha, dropout, rslora, init).train(layer.training)
-    model.requires_grad_(False)  # A and B are not in it yet
+        wrapped[name] = wrapper(layer, rank[name], alpha, dropout, rslora, init).train(layer.training)
+    model.requires_grad_(False)  # A and B are not in the model yet
     for name, layer in wrapped.items():
         replace(model, name, layer)
     model.lora_config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": alpha, "lora_dropout": dropout,
         "target_modules": targets if isinstance(targets, str) else list(targets), "rank_pattern": ranks,
         "use_rslora": rslora, "bias": "none", "inference_mode": True,
-        # true for GPT-2 as transformers has it, with Conv1D
-        "fan_in_fan_out": getattr(getattr(model, "config", None), "model_type", None) == "gpt2",
+        "fan_in_fan_out": getattr(getattr(model, "config", None), "model_type", None) == "gpt2",  # it has Conv1D
     }  # fmt: skip
     return model
+
+
+def lora_layers(model):
+    """{name: layer} of the wrapped layers."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """W ← W + s · B A in each layer, summed in fp32 and rounded to W's dtype. unmerge_lora takes it back."""
+    uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for name, layer in lora_layers(model).items():
+        if not layer.enabled:
+            raise Error("inside lora_disabled the model is the base: merge outside of it")
+        # 8 bits or fewer; bitsandbytes may keep its 4 bits in a tensor of a wider type
+        if layer.weight.element_size() < 2 or hasattr(layer.weight, "quant_state"):
+            raise Error(f"{name} has a quantized weight: merge into a 16- or 32-bit copy of the model")
+        if uses[id(layer.weight)] != 1:
+            raise Error(f"{name} shares its weight with another layer, or computes it: a merge needs one of its own")
+    for layer in lora_layers(model).values():
+        if layer.unmerged_weight is None:
+            layer.unmerged_weight = layer.weight.clone()
+            layer.weight.copy_(layer.weight + layer.delta())
+    return model
+
+
+@torch.no_grad()
+def unmerge_lora(model):
+    """Puts back the base weights, bit for bit."""
+    for layer in lora_layers(model).values():
+        if layer.unmerged_weight is not None:
+            layer.weight.copy_(layer.unmerged_weight)
+            layer.unmerged_weight = None
+    return model
+
+
+def remove_lora(model):
+    """Puts the bare layers back, frozen, with their weights as they are: merge_lora first to keep what was learned."""
+    for name, layer in lora_layers(model).items():
+        replace(model, name, layer.base_layer)
+    model.__dict__.pop("lora_config", None)
+    return model
+
+
+@contextmanager
+def lora_disabled(model):
+    """Inside the `with` the model is the base; afterwards it is as before, merged or not."""
+    layers = [layer for layer in lora_layers(model).values() if layer.enabled]  # none inside another lora_disabled
+    merged = any(layer.unmerged_weight is not None for layer in layers)
+    unmerge_lora(model)
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield model
+    finally:
+        for layer in layers:
+            layer.enabled = True
+        if merged:
+            merge_lora(model)
+
+
+def lora_parameters(model):
+    """{name in peft's checkpoint: parameter}: what is trained."""
+    found = {}
+    for name, layer in lora_layers(model).items():
+        ending = "lora_embedding_{}" if isinstance(layer, LoRAEmbedding) else "lora_{}.weight"
+        for factor in "AB":
+            found[f"base_model.model.{name}.{ending.format(factor)}"] = getattr(layer, f"lora_{factor}")
+    return found
+
+
+def lora_state_dict(model):
+    """What was trained: the content of adapter_model.safetensors."""
+    return {key: p.detach() for key, p in lora_parameters(model).items()}
+
+
+@torch.no_grad()
+def load_lora_state_dict(model, state):
+    """The reverse, onto a model that add_lora has prepared. If the two do not fit: Error, and nothing is loaded."""
+    own = lora_parameters(model)
+    state = {key: t for key, t in state.items() if ".base_layer." not in key}  # peft adds the frozen embedding table
+    if any(layer.unmerged_weight is not None for layer in lora_layers(model).values()):
+        raise Error("the model is merged with another adapter: unmerge_lora(model) first")
+    if own.keys() != state.keys():
+        missing, left = names(own.keys() - state.keys()), names(state.keys() - own.keys())
+        raise Error(f"the adapter does not fit: missing {missing or 'nothing'}, left over {left or 'nothing'}")
+    for key, p in own.items():
+        t = state[key]
+        if p.shape != t.shape or not t.is_floating_point() or t.element_size() < 2:
+            raise Error(f"{key} is {t.dtype} {tuple(t.shape)} in the adapter; the model needs floats {tuple(p.shape)}")
+    for key, p in own.items():
+        p.copy_(state[key])
+
+
+def lora_config(model):
+    """The adapter_config.json that goes with lora_state_dict."""
+    if not hasattr(model, "lora_config"):
+        raise Error("the model has no LoRA: add_lora(model) first")
+    return dict(model.lora_config)
+
+
+# ------------------------------------------------------------------------------------------------------------ plumbing
+
+
+def is_linear(layer):
+    """Hugging Face's GPT-2 has a Conv1D, a linear layer that keeps W as (in, out)."""
+    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
 
 
 def replace(model, name, layer):
@@ -178,20 +296,11 @@ def replace(model, name, layer):
                 setattr(parent, child, layer)
 
 
-def is_linear(layer):
-    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
-
-
-def name_is(pattern, name):
+def matching(pattern, modules):
     try:
-        return re.fullmatch(pattern, name) is not None
+        return {name: m for name, m in modules.items() if re.fullmatch(pattern, name)}
     except (re.error, OverflowError, RecursionError) as error:
         raise Error(f"{pattern!r} is not a regular expression: {error}") from None
-
-
-def name_ends(pattern, name):
-    """peft's rule for ranks: the regular expression matches the whole name, or all of it after a dot."""
-    return name_is(rf"(.*\.)?({pattern})", name)
 
 
 def names(layers):
@@ -201,18 +310,17 @@ def names(layers):
 
 def find_targets(model, targets):
     """{name: layer} of what `targets` names; Error if that is nothing, or no layer that LoRA fits on."""
-    fitting = {n: m for n, m in model.named_modules() if n and (is_linear(m) or isinstance(m, nn.Embedding))}
+    modules = {n: m for n, m in model.named_modules() if n}
+    fitting = {n: m for n, m in modules.items() if is_linear(m) or isinstance(m, nn.Embedding)}
     if targets == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         found = {n: m for n, m in fitting.items() if is_linear(m) and m is not head}
-        # a mixture of experts may hold them all in one tensor of three dimensions
         passed = [n for n, p in model.named_parameters() if p.dim() > 1 and n.rpartition(".")[0] not in fitting]
-        if passed:
+        if passed:  # a mixture of experts may hold them all in one tensor
             warnings.warn(f"all-linear passes over parameters of no linear layer: {names(passed)}", stacklevel=3)
-    elif isinstance(targets, str):
-        found = {n: m for n, m in model.named_modules() if n and name_is(targets, n)}
     else:
-        found = {n: m for n, m in model.named_modules() if any(n == t or n.endswith(f".{t}") for t in targets)}
+        pattern = targets if isinstance(targets, str) else rf"(.*\.)?({'|'.join(map(re.escape, targets))})"
+        found = matching(pattern, modules)
     if not found:
         rule = "a list holds ends of names; a string is a regular expression for a whole name"
         raise Error(f"no layer fits targets={targets!r} ({rule}); there are {names(fitting) or 'none in the model'}")
@@ -227,175 +335,11 @@ def find_targets(model, targets):
     return found
 
 
-def lora_layers(model):
-    """{name: layer} of the wrapped layers."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, (LoRALinear, LoRAEmbedding))}
-
-
-@torch.no_grad()
-def merge_lora(model):
-    """W ← W + s · B A in every layer, once: the model then runs as fast as the base. unmerge_lora takes it back."""
-    # in how many places each weight is used: LoRA is on one of them, a merge would change all
-    places = [model, *(child for parent in model.modules() for child in parent.children())]
-    uses = Counter(id(p) for module in places for p in module.parameters(recurse=False))
-    for name, layer in lora_layers(model).items():
-        if not layer.enabled:
-            raise Error("inside lora_disabled the model is the base: merge outside of it")
-        # 8 bits or fewer; bitsandbytes may keep its 4 in a tensor of a wider type
-        if layer.weight.element_size() < 2 or hasattr(layer.weight, "quant_state"):
-            raise Error(f"{name} has a quantized weight: merge into a 16- or 32-bit copy of the model")
-        if uses[id(layer.weight)] != 1:
-            raise Error(f"{name} shares its weight with another layer, or computes it: a merge needs one of its own")
-    for layer in lora_layers(model).values():
-        if layer.original is None:
-            layer.original, delta = layer.weight.clone(), layer.delta()
-            layer.weight.copy_(layer.weight.to(delta.dtype) + delta)  # summed in 32 bits, then rounded once
-    return model
-
-
-@torch.no_grad()
-def unmerge_lora(model):
-    """Puts back the base weights bit for bit; subtracting s · B A again would leave rounding errors."""
-    for layer in lora_layers(model).values():
-        if layer.original is not None:
-            layer.weight.copy_(layer.original)
-            layer.original = None
-    return model
-
-
-def remove_lora(model):
-    """Puts the bare layers back, with their weights as they are: merge_lora first to keep what was learned.
-
-    They stay frozen: model.requires_grad_(True) to train them.
-    """
-    for name, layer in lora_layers(model).items():
-        replace(model, name, layer.base_layer)
-    if hasattr(model, "lora_config"):
-        del model.lora_config
-    return model
-
-
-@contextmanager
-def lora_disabled(model):
-    """The base model as it was, inside the `with`."""
-    layers = lora_layers(model).values()
-    merged = any(layer.original is not None for layer in layers)
-    enabled = all(layer.enabled for layer in layers)  # not so inside another lora_disabled
-    unmerge_lora(model)
-    for layer in layers:
-        layer.enabled = False
-    try:
-        yield model
-    finally:
-        for layer in layers:
-            layer.enabled = enabled
-        if merged:
-            merge_lora(model)
-
-
-# --------------------------------------------------------------------------------------------------------------- files
-
-
-def lora_parameters(model):
-    """{name in peft's checkpoint: parameter}."""
-    found = {}
-    for name, layer in lora_layers(model).items():
-        for key, p in layer.named_parameters(recurse=False):
-            found[f"base_model.model.{name}.{key}" + (".weight" if isinstance(layer, LoRALinear) else "")] = p
-    return found
-
-
-def lora_state_dict(model):
-    """What was trained, under peft's names: the content of adapter_model.safetensors."""
-    return {key: p.detach() for key, p in lora_parameters(model).items()}
-
-
-@torch.no_grad()
-def load_lora_state_dict(model, state):
-    """The reverse, onto a model that add_lora has prepared. Error, with nothing loaded, if the two do not fit."""
-    own = lora_parameters(model)
-    state = {key: t for key, t in state.items() if ".base_layer." not in key}  # peft adds the frozen embedding table
-    if any(layer.original is not None for layer in lora_layers(model).values()):
-        raise Error("the model is merged with another adapter: unmerge_lora(model) first")
-    if own.keys() != state.keys():
-        missing, left = names(own.keys() - state.keys()), names(state.keys() - own.keys())
-        raise Error(f"the adapter does not fit: missing {missing or 'nothing'}, left over {left or 'nothing'}")
-    for key, p in own.items():
-        if p.shape != state[key].shape:
-            raise Error(f"{key} is {tuple(state[key].shape)} in the adapter and {tuple(p.shape)} in the model")
-        if not state[key].is_floating_point() or state[key].element_size() < 2:
-            raise Error(f"{key} is {state[key].dtype} in the adapter, which holds no trained numbers")
-    for key, p in own.items():
-        p.copy_(state[key])
-
-
-def lora_config(model):
-    """The adapter_config.json that goes with lora_state_dict."""
-    if not hasattr(model, "lora_config"):
-        raise Error("the model has no LoRA: add_lora(model) first")
-    return dict(model.lora_config)
-
-
-# What peft's LoRA can do and this file does not: each must be absent or empty in a config.
-UNSUPPORTED = (
-    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "exclude_modules", "kasa_config", "layer_replication",
-    "layers_to_transform", "lora_bias", "modules_to_save", "monteclora_config", "target_parameters",
-    "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora",
-)  # fmt: skip
-
-
-def takes_forever(pattern):
-    """Whether a regular expression may need years for a name: it tries each way to share the name among its repeats."""
-    repeats, choices = re.findall(r"[*+?{]", pattern), re.findall(r"[|(]", pattern)
-    return len(repeats) > 4 or len(choices) > 12 or re.search(r"\)[*+{]", pattern) is not None
-
-
-def lora_arguments(config):
-    """add_lora's arguments, from an adapter_config.json of ours or peft's. Error for what this file does not do."""
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise Error("adapter_config.json is no LoRA's: its peft_type must be LORA")
-    for key in UNSUPPORTED:
-        if config.get(key):
-            raise Error(f"adapter_config.json: {key} = {config[key]!r} is not supported")
-    # The other ways to start (pissa, olora, corda, loftq, ...) change the base weights as well.
-    for key, allowed in (("bias", ["none"]), ("init_lora_weights", [True, False, "gaussian", "orthogonal", "eva"])):
-        if config.get(key, allowed[0]) not in allowed:
-            raise Error(f"adapter_config.json: {key} must be one of {allowed}, not {config[key]!r}")
-    arguments = {}
-    for argument, key, kind, default in (
-        ("targets", "target_modules", (str, list), None),
-        ("r", "r", (int,), 8),
-        ("alpha", "lora_alpha", (int, float), 8),
-        ("dropout", "lora_dropout", (int, float), 0.0),
-        ("ranks", "rank_pattern", (dict,), {}),
-        ("rslora", "use_rslora", (bool,), False),
-    ):
-        arguments[argument] = config.get(key, default)
-        if type(arguments[argument]) not in kind:  # isinstance would take True for a rank of 1
-            raise Error(f"adapter_config.json: {key} cannot be {arguments[argument]!r}")
-    for pattern in (arguments["targets"], *arguments["ranks"]):
-        if isinstance(pattern, str) and takes_forever(pattern):
-            message = "has too many repeats or choices, or repeats a group: list the names"
-            raise Error(f"adapter_config.json: {pattern!r} {message}")
-    return arguments
-
-
 if __name__ == "__main__":
     torch.manual_seed(0)
-    x = torch.randn(4, 64)
-    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
+    x, model = torch.randn(4, 64), nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
     before = model(x)
-    add_lora(model, r=4)
-    print(f"B = 0, so nothing has changed yet: largest difference {(model(x) - before).abs().max():.1e}")
-    model(x).square().sum().backward()
-    layer = model[0]
-    print(f"first gradients: |dA| = {layer.lora_A.grad.norm():.2f}, |dB| = {layer.lora_B.grad.norm():.2f}")
-    for layer in lora_layers(model).values():
-        nn.init.normal_(layer.lora_B)
-    unmerged, original = model(x), layer.weight.clone()
-    difference = (merge_lora(model)(x) - unmerged).abs().max() / unmerged.abs().max()
-    print(f"merged against unmerged: {difference:.1e} of the largest output")
-    print(f"the weight is back after unmerging, bit for bit: {torch.equal(unmerge_lora(model)[2].weight, original)}")
-    d, n_layer, r = 768, 12, 8
-    trained = n_layer * r * (d + 3 * d)
-    print(f"GPT-2's c_attn at r = {r}: {n_layer} layers · r (in + out) = {trained:,} of 124,439,808 parameters")
+    print(f"B = 0, so nothing has changed yet: {torch.equal(add_lora(model, r=4)(x), before)}")
+    nn.init.normal_(model[0].lora_B)
+    print(f"merged against unmerged: a largest difference of {(model(x) - merge_lora(model)(x)).abs().max():.1e}")
+    print(f"unmerged and removed, the base is bit for bit: {torch.equal(remove_lora(unmerge_lora(model))(x), before)}")

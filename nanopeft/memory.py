@@ -1,597 +1,390 @@
 # SPDX-License-Identifier: MIT
-"""How many bytes a model takes, for inference and for training: by formula, and counted from live tensors.
+"""How many bytes a model takes, for inference and for training: the formulas, and a program that evaluates them.
 
     python -m nanopeft.memory 6B                   weights in fp32, 16 bits, int8, NF4
     python -m nanopeft.memory 7B --gpus 8          states of training: fp32, mixed precision, LoRA, QLoRA, ZeRO 0 to 3
     python -m nanopeft.memory gpt2 --method lora --rank 8 --batch 4 --length 256        one step, item by item
+Defaults: --precision bf16 --batch 1 --length 512 --rank 8 --quant nf4 --bottleneck d/16 --tokens 20 (virtual ones).
 
-Inference. Ψ parameters, b bytes each; a GB is 1e9 bytes. 6B: 24 GB in fp32, 12 in 16 bits, 6 in int8, 3.1 in NF4 (4.127
-bits with the scales). A 16-bit float has no "integer" bits: fp16 is 1 sign, 5 exponent and 10 mantissa bits, bf16 1, 8
-and 7; the exponent is a power of two and sets the range, the mantissa the precision.
+Letters: Ψ parameters, Ψ_t of them trained; B rows of T tokens, n = B·T; d width, L blocks, H heads, V vocabulary;
+e bytes of a number (fp32 4, bf16 and fp16 2). 1 GB is 1e9 bytes, 1 GiB is 2^30: 12 GB are 11.18 GiB.
 
-Training with Adam keeps parameter, gradient, m and v. That full training of 6B takes "6B · 4" has three readings:
-    four equal copies in fp32       4 + 4 + 4 + 4         16 Ψ = 96 GB    four times the fp32 model's 24
-    four equal copies in 16 bits    2 + 2 + 2 + 2          8 Ψ = 48 GB    four times 12, but small updates round to zero
-    mixed precision                 2 + 2 + (4 + 4 + 4)   16 Ψ = 96 GB    master copy, m, v in fp32: eight times 12
-So mixed precision saves time and activations, not states.
+ACTIVATIONS are the numbers of forward that backward needs. One block of GPT-2 keeps these, in units of n·d numbers:
 
-LoRA freezes 2 Ψ and trains little. 6B in 16 bits is 12 GB, and with a "little extra" about 14. What that is, for 28
-layers of width 4096 (gpt-6b below, 11.71 GB), r = 8 on all linear layers, one row of 512 tokens:
-    A, B, m and v                       12 bytes · 14.7 million        0.18 GB
-    activations                         about 28 layers · 512 · 16 d · 2 bytes    1.92 GB
-    a chunk of logits, and other things of the moment                  0.04 GB    together 13.8 GB
-It is the activations, and they grow with the batch: with 4 rows the sum is 19.6 GB. The gradients of A and B, 0.06 GB,
-come when the logits have gone; whole, those would be 0.05 GB in 16 bits, and several times that with their log-softmax
-and gradient in fp32.
+    x ─┬─ ln_1 ─ c_attn ─ attention ─ c_proj ─(+)─┬─ ln_2 ─ c_fc ─ GELU ─ mlp.c_proj ─(+)─
+       └───────────────────────────────────────┘  └────────────────────────────────────┘
+    kept for backward      by                                       full   LoRA   frozen
+    input of ln_1          the norm                                   1      1      1
+    output of ln_1         c_attn, for dW = dyᵀ x; LoRA, for dA       1      1      0
+    q, k, v                attention                                  3      3      3
+    output of attention    attention; c_proj                          1      1      1
+    input of ln_2          the norm                                   1      1      1
+    output of ln_2         c_fc                                       1      1      0
+    output of c_fc         GELU                                       4      4      4
+    output of GELU         mlp.c_proj                                 4      4      0
+    sum                                                              16     16     10
 
-ZeRO on N devices divides the optimizer's states (stage 1), the gradients too (2), the parameters too (3): 7B on 8 takes
-112, 38.5, 26.25, 14 GB. Stage 2 is 2Ψ + (2 + 12)Ψ/N; 2Ψ + 2Ψ + 12Ψ/N is stage 1. Memory falls with the stage; so does
-speed, in stage 3 and with offload. Offloaded states are on the host, out of the sum; paged ones (QLoRA) move there only
-while another tensor needs the room: they ride out a peak and change no sum. The formulas are zero.py's.
+So L blocks keep 16·L·n·d·e bytes. GPT-2 on 4 rows of 256 tokens in bf16: 12·16·1024·768·2 = 0.302 GB, more than the
+0.249 GB of its weights. Statistics of norms and attention add 0.23 %. With --method full the program prints 0.462,
+since gpt.py makes the head's gradient already in the loss: 4·V·d bytes = 0.154 GB, kept for backward like activations.
+A Llama block with fused norms keeps 6 + 2·w/d + 4·f/d, full or with LoRA on all linear layers (w: width of the keys,
+f: of the gated MLP). For llama-7b this is 18.75. Frozen it keeps 4 + 2·w/d + 3·f/d, 14.06.
 
-Activations are what forward keeps for backward. A linear layer x Wᵀ keeps x for dW, and for dx only W: frozen it keeps
-nothing, but LoRA beside it keeps x for dA. Below the first trained parameter nothing is kept. For our GPT on a CPU this
-is exact, and the peak to 3 in a hundred (one thread; the fp32 copies of wide.py come on top). A GPU has norms'
-statistics in fp32, a few bytes of random state, and a higher peak, for it takes the loss and AdamW in larger pieces. A
-Llama is counted as if written like our GPT. torch.compile keeps what it likes.
+Does PEFT cut activations? Hardly. The gradient runs through frozen layers too, down to the lowest trained number. Below
+it nothing is kept, so the first block keeps a little less. A frozen linear layer does not need x, since dx = dy W: the
+last column, prompt tuning. But LoRA on it needs the same x for dA. What PEFT cuts is gradients and optimizer states.
 
-Letters: B rows, T tokens, n = B T; L layers, d width, w that of all heads' keys, f the MLP's, H heads, V vocabulary, P
-positions; e bytes of the run's type; r rank, m bottleneck, N adapters (or devices), p vectors of a prompt or prefix, h
-the width of what makes them; R rows in the first chunk of the loss, R2 in the second, F of which are softmaxed at once.
+T² term: fused attention (FlashAttention, torch's scaled_dot_product_attention) keeps no scores; backward computes them
+again. Unfused attention keeps T scores for each head and token: with dropout a block keeps n·d·(34 + 5·H·T/d) bytes in
+16 bits (arXiv 2205.05198). 34 is 2·16 and two dropout masks of 1 byte; 5 is the softmax 2, its mask 1, the product of
+both 2. For GPT-2 at T = 1024 the term 5·H·T/d is 80, more than twice the 34. Logits: n·V numbers, 0.206 GB in fp32 for
+the batch above, three times with log-softmax and gradient. gpt.py takes them in chunks and never holds them all.
 
-Papers: ZeRO, arXiv 1910.02054, section 3.1; activations, arXiv 2205.05198, section 4; QLoRA, arXiv 2305.14314.
+STATES with Adam, in bytes for each parameter, on each of N devices. Activations come on top.
+                       parameters + gradients + optimizer           6B       7B, N = 8
+    all in fp32        4 + 4 + (4 + 4)             16 Ψ       96.00 GB       112.00 GB
+    all in 16 bits     2 + 2 + (2 + 2)              8 Ψ       48.00 GB        56.00 GB    rounds small updates away
+    mixed precision    2 + 2 + (4 + 4 + 4)         16 Ψ       96.00 GB       112.00 GB    fp32 master copy, m, v
+    LoRA, r = 8        2 Ψ + 16 Ψ_t                           12.26 GB        14.28 GB    adapters in fp32
+    QLoRA, r = 8       0.516 Ψ + 16 Ψ_t                        3.35 GB         3.89 GB    NF4 has 4.127 bits
+    ZeRO 1, 2, 3       what each divides by N: zero.py           38.50, 26.25, 14.00 GB    of mixed precision
+Ψ_t is the sum of r·(in + out) over the adapted layers, 16·L·d·r for all four of a GPT-2 block. A bare 6B is taken as
+12·L·d² with d = 128·L: L = 31.25, Ψ_t = 16.0 million. 0.516 Ψ is a lower bound, since embeddings stay in 16 bits.
+"Full training takes about 4 times the model": the four are parameter, gradient, m and v. For 6B this is 4 times the
+24 GB of an fp32 model; or 4 times 12 GB, all in 16 bits; or 8 times 12 GB in mixed precision, which is usual. Mixed
+precision saves time and activations, not states. Other optimizers keep, without the master copy: SGD 0, with momentum
+4, Adam 8, 8-bit Adam 2.03 bytes. 8-bit Adam with the master copy makes 2 + 2 + (4 + 2) = 10 Ψ, without it 6 Ψ.
+
+"LoRA on 6B takes 12 GB and a little extra, about 14." What is the extra? gpt-6b, r = 8 on all linear layers, one row of
+512 tokens, bf16, one thread, at the fullest moment of a step, in the loss:
+    the frozen model                                  2 bytes · 5.85 billion        11.707 GB
+    A, B, m, v; gradients, 0.059 GB, come later       12 bytes · 14.7 million        0.176 GB
+    activations                                       16·L·n·d·e                     1.879 GB
+    their statistics, x Aᵀ, 16-bit copies of A and B, a chunk of logits              0.081 GB
+    sum                                                                             13.843 GB
+It is activations, and grows with the batch: 4 rows make 19.621 GB. Then the fullest moment is in backward, because the
+gradients around GELU grow with the tokens and a chunk of logits does not.
+
+PEAK. Forward fills the activations; backward frees them and fills the gradients. The fullest moment is one of four:
+    in the loss           all activations, a chunk of logits and its softmax    few tokens, large vocabulary
+    as backward starts    all activations, the head's gradient scaled           full training
+    in backward           all activations, gradients around the last GELU       many tokens
+    after backward        all gradients, no activations                         full training on very few tokens
+
+OUT OF MEMORY? Try in this order:                       saves                     costs
+    1. k smaller micro-batches, gradients accumulated   activations / k           k passes, each less efficient
+    2. gradient checkpointing                           keeps n·d·e for a block   one more forward: +1/3, LoRA +1/2
+    3. LoRA                                             14 Ψ become 16 Ψ_t        capacity to learn much that is new
+    4. QLoRA; in full training 8-bit Adam               2 to 0.516; 16 to 10 Ψ    time to dequantize; rounding
+    5. ZeRO over N devices, then offload                states / N                traffic (zero.py); a slow update
+Checkpointing runs each block again in backward, so 16·n·d·e live for one block at a time. Full training is 1 forward
++ 2 for backward (dx and dW), LoRA about 1 + 1: it computes hardly any dW.
+
+INFERENCE takes 2 Ψ: each weight once, in 16 bits, and one layer's activations at a time. On top comes the KV cache,
+keys and values of all earlier tokens: 2·L·d·T·B·e bytes, for llama-7b and one row of 4096 tokens 2.147 GB beside 13.477
+GB of weights. Grouped-query attention caches fewer heads: llama-70b 8 instead of 64, an eighth.
+PITFALLS. A GPU needs more than the sum: CUDA context, cuBLAS workspace, fragmentation. Validation without no_grad keeps
+activations. On a CPU this program is exact for our GPT, the peak within 3 %. Llama is an estimate.
+Relatives: lora.py cuts gradients and states, qlora.py (quant.py) weights too, zero.py divides states over devices.
+The whole family in one table: nanopeft/__init__.py. Papers: ZeRO, arXiv 1910.02054; activations, 2205.05198, section
+4; checkpointing, 1604.06174; FlashAttention, 2205.14135; QLoRA, 2305.14314; 8-bit Adam, 2110.02861.
 """
 
 import argparse
 import json
-import os
+import math
 import re
 import sys
-import weakref
-from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
-
-from nanopeft import adamw, gpt
-from nanopeft.zero import zero_bytes
-
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-SETTINGS = {  # what a technique is asked for in its own file, and what it takes by default; as letters in formulas
-    "full": {}, "lora": {"rank": 8, "targets": "all-linear"}, "prompt": {"tokens": 20},
-    "qlora": {"rank": 8, "targets": "all-linear", "quant": "nf4"}, "prefix": {"tokens": 20, "hidden": None},
-    "adapter": {"bottleneck": None, "placement": "houlsby"}, "fusion": {"bottleneck": None, "adapters": 2},
-    "ptuning": {"tokens": 20, "encoder": "lstm", "hidden": None, "layers": 2, "template": False},
-}  # fmt: skip
-LETTERS = {"rank": "r", "bottleneck": "m", "adapters": "N", "tokens": "p", "hidden": "h"}
 
 
 class Error(ValueError):
     """What cannot be counted; the message says what would be right."""
 
 
-# --------------------------------------------------------------------------------------------------------------- models
-
-
-def gpt2(L, d, H, V=50257, P=1024):
-    return dict(model_type="gpt2", n_layer=L, n_embd=d, n_head=H, vocab_size=V, n_positions=P)
-
-
-def llama(L, d, H, kv, f):
-    sizes = dict(num_hidden_layers=L, hidden_size=d, num_attention_heads=H, num_key_value_heads=kv, intermediate_size=f)
-    return sizes | {"model_type": "llama"}
-
-
-MODELS = {
-    "nano": gpt2(6, 256, 4, 3072, 512), "distilgpt2": gpt2(6, 768, 12), "gpt2": gpt2(12, 768, 12),
-    "gpt2-medium": gpt2(24, 1024, 16), "gpt2-large": gpt2(36, 1280, 20), "gpt2-xl": gpt2(48, 1600, 25),
-    "gpt-6b": gpt2(28, 4096, 16, 50400, 2048),  # a GPT-2 in the sizes of GPT-J
-    "llama-7b": llama(32, 4096, 32, 32, 11008), "llama-13b": llama(40, 5120, 40, 40, 13824),
-    "llama-70b": llama(80, 8192, 64, 8, 28672),
+# Further letters: P positions, Ψ_q weights of linear layers, r rank, m bottleneck, p virtual tokens
+NF4 = "(1/2 + 1/64 + 1/4096)"  # bytes: 4 bits, a 1-byte scale for 64 weights, a 4-byte scale for 256 of these
+INFERENCE = {"fp32": "4*Ψ", "fp16, bf16": "2*Ψ", "int8": "1*Ψ_q + 2*(Ψ - Ψ_q)", "NF4": f"{NF4}*Ψ_q + 2*(Ψ - Ψ_q)"}
+ON_TOP = {"keys and values, to generate": "2*L*n*w*e", "logits, if held whole": "n*V*e"}
+PARTS = ("parameters", "gradients", "optimizer")
+TRAINING = {
+    "all in fp32": ("4*Ψ", "4*Ψ", "(4 + 4)*Ψ"), "all in 16 bits": ("2*Ψ", "2*Ψ", "(2 + 2)*Ψ"),
+    "mixed precision": ("2*Ψ", "2*Ψ", "(4 + 4 + 4)*Ψ"), "LoRA": ("2*Ψ + 4*Ψ_t", "4*Ψ_t", "(4 + 4)*Ψ_t"),
+    "QLoRA": (f"{NF4}*Ψ_q + 2*(Ψ - Ψ_q) + 4*Ψ_t", "4*Ψ_t", "(4 + 4)*Ψ_t"),
+    "ZeRO 0": ("2*Ψ", "2*Ψ", "12*Ψ"), "ZeRO 1": ("2*Ψ", "2*Ψ", "12*Ψ/N"),
+    "ZeRO 2": ("2*Ψ", "2*Ψ/N", "12*Ψ/N"), "ZeRO 3": ("2*Ψ/N", "2*Ψ/N", "12*Ψ/N"),
 }  # fmt: skip
 
 
-def sizes_of(config):
-    """The letters of the formulas and the layers, from what config.json holds: of our GPT, vars(model.config)."""
-
-    def size(key, default):
-        n = config.get(key, default)
-        if type(n) is not int or not 0 < n <= 1 << 24:
-            raise Error(f"{key} must be a whole number from 1 to {1 << 24}, not {n!r}")
-        return n
-
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind == "gpt2" and config.get("tie_word_embeddings", True):
-        L, d, H, P = size("n_layer", 12), size("n_embd", 768), size("n_head", 12), size("n_positions", 1024)
-        V, w, f = size("vocab_size", 50257), d, 4 * d if config.get("n_inner") is None else size("n_inner", 0)
-        groups = [{"attn.c_attn": ("d", "3*d")}, {"attn.c_proj": ("d", "d")}]
-        groups += [{"mlp.c_fc": ("d", "f")}, {"mlp.c_proj": ("f", "d")}]
-        rest = {"token embedding, head": "V*d", "position embedding": "P*d", "norms": "(2*L + 1)*2*d"}
-        rest |= {"biases": "L*(5*d + f)"}
-    elif kind == "llama" and not config.get("attention_bias") and not config.get("mlp_bias"):
-        L, d, H = size("num_hidden_layers", 32), size("hidden_size", 4096), size("num_attention_heads", 32)
-        V, P, f = size("vocab_size", 32000), size("max_position_embeddings", 2048), size("intermediate_size", 11008)
-        w = d // H * size("num_key_value_heads", H)
-        if config.get("head_dim") not in (None, d // H):
-            raise Error(f"head_dim must be hidden_size / num_attention_heads = {d // H}, not {config['head_dim']!r}")
-        groups = [{"q_proj": ("d", "d"), "k_proj": ("d", "w"), "v_proj": ("d", "w")}, {"o_proj": ("d", "d")}]
-        groups += [{"gate_proj": ("d", "f"), "up_proj": ("d", "f")}, {"down_proj": ("f", "d")}]
-        rest = {"token embedding": "V*d", "norms": "(2*L + 1)*d"}
-        rest |= {} if config.get("tie_word_embeddings") else {"head": "V*d"}
-    else:
-        raise Error("model_type must be gpt2 with a tied head, or llama without biases")
-    if d % H:
-        raise Error(f"the heads must divide the width, and {H} do not divide {d}")
-    linears = {name: sizes for group in groups for name, sizes in group.items()}  # {name: (in, out)}
-    s = SimpleNamespace(kind=kind, L=L, d=d, H=H, V=V, P=P, w=w, f=f, groups=groups, linears=linears, rest=rest)
-    s.Ψ = total(items(parameters(s), s))
-    return s
+def evaluate(formulas, s):
+    """[(what, formula, bytes)] of {what: formula}, texts for Python's eval; the letters are attributes of s."""
+    return [(what, of, math.ceil(eval(of, {}, vars(s)))) for what, of in formulas.items()]
 
 
-def find_sizes(name):
-    """Of one of MODELS, a number such as 6B (which has Ψ and no layers), a config.json, or a folder that has one."""
-    if name in MODELS:
-        return sizes_of(MODELS[name])
-    path = Path(name) / "config.json" if os.path.isdir(name) else Path(name)
-    try:
-        if os.path.isfile(path):  # Path.is_file raises if the name is too long
-            return sizes_of(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, Error
-        raise Error(f"{path} is no config.json that can be counted: {error}") from None
-    match = re.fullmatch(r"(\d+\.?\d*)([KMBT])", name.upper())
-    n = round(float(match[1]) * 1000 ** ("KMBT".index(match[2]) + 1)) if match else 0
-    if not 1 <= n <= 1e15:
-        raise Error(f"{name!r} is no size (124M, 6B; 1000T at most), no config.json, and none of {', '.join(MODELS)}")
-    return SimpleNamespace(Ψ=n, linears={})
+def total(parts):
+    return sum(size for _, _, size in parts)
 
 
-def run_of(s, method, precision="fp32", batch=16, length=128, accumulate=1, **settings):
-    """The sizes with those of a run: B, T, n, e, the method, and its settings, r, m, N, p, h among them."""
-    has, given = SETTINGS[method], settings.keys()
-    if given - has.keys():
-        raise Error(f"{method} takes no {min(given - has.keys())}; it has {', '.join(has) or 'nothing to set'}")
-    for name, n in {"batch": batch, "length": length, **settings}.items():
-        if type(n) is int and n < 1:
-            raise Error(f"{name} must be at least 1, not {n}")
-    has = {LETTERS.get(name, name): n for name, n in (has | settings).items()}
-    s = SimpleNamespace(**vars(s) | has, B=batch, T=length, e=BYTES[precision], method=method, accumulate=accumulate)
-    s.text, s.full = length, method == "full"
-    if method in ("prompt", "ptuning") and not getattr(s, "template", False):
-        s.T += s.p  # vectors in the input
-    s.n = s.B * s.T
-    if s.T + (s.p if method == "prefix" else 0) > s.P:
-        raise Error(f"{length} tokens, and the method's own, do not fit the model's {s.P} positions")
-    if method in ("adapter", "fusion"):
-        s.m = s.m or max(1, s.d // 16)
-    if method == "ptuning":
-        s.h = s.h or max(1, s.d // 2 if s.encoder == "lstm" else s.d)
-    ends, s.targets = getattr(s, "targets", []), []
-    for end in s.linears if ends == "all-linear" else ends:
-        found = [name for name in s.linears if f".{name}".endswith(f".{end}")]
-        if not found:
-            raise Error(f"targets are ends of {', '.join(s.linears)}, not {ends}")
-        s.targets += [name for name in found if name not in s.targets]
-    return s
-
-
-# ------------------------------------------------------------------------------------------------------------- formulas
-
-
-def nf4(n):
-    """Two weights in a byte, a byte for each block of 64, 4 for each 256 of these, and 4 for their mean."""
-    blocks = -(-n // 64)
-    return -(-n // 2) + blocks + 4 * -(-blocks // 256) + 4
-
-
-def int8(n_in, n_out):
-    """A byte each, and 4 for the scale of each row."""
-    return n_in * n_out + 4 * n_out
-
-
-def items(formulas, s):
-    """[(what, formula, its value)]: the text that is shown is what is computed."""
-    formulas = formulas.items() if isinstance(formulas, dict) else formulas
-    return [(what, of, eval(of, {"nf4": nf4, "int8": int8}, vars(s))) for what, of in formulas]
-
-
-def total(found):
-    return sum(size for _, _, size in found)
-
-
-def parameters(s):
-    return {name: f"L*{n_in}*{n_out}" for name, (n_in, n_out) in s.linears.items()} | s.rest
-
-
-def trained(s):
-    """The numbers that the method trains."""
-    if s.full:
-        return parameters(s)
-    if s.method in ("lora", "qlora"):
-        return {f"A, B of {name}": "L*r*({} + {})".format(*s.linears[name]) for name in s.targets}
-    if s.method == "adapter":
-        return {"Down and Up": ("2*" if s.placement == "houlsby" else "") + "L*(2*d*m + m + d)"}
-    if s.method == "fusion":
-        return {"Q, K, V": "L*(3*d*d + 2*d)"}
-    if s.method == "prompt":
-        return {"prompt": "p*d"}
-    if s.method == "prefix":
-        return {"E": "p*w", "MLP": "h*(w + 1) + 2*L*w*(h + 1)"} if s.h else {"prefix": "p*2*L*w"}
-    if s.encoder == "mlp":
-        return {"E": "p*d", "MLP": "h*(d + 1) + h*(h + 1) + d*(h + 1)"}
-    lstm = "2*4*h*(d + h + 2) + (layers - 1)*2*4*h*(2*h + h + 2)"  # two directions, four gates
-    return {"E": "p*d", "LSTM": lstm, "MLP": "2*h*(2*h + 1) + d*(2*h + 1)"}
+def training(s, gpus=1, rank=8):
+    """{how: [(part of the states, formula, bytes on each device)]}."""
+    d = (128 * s.Ψ / 12) ** (1 / 3)  # if Ψ = 12 L d² and d = 128 L, as in most models nearly; LoRA then has 16 L d r
+    Ψ_t = run_of(s, "lora", length=1, rank=rank).Ψ_t if s.linears else round(16 * d / 128 * d * rank)
+    s, found = SimpleNamespace(**vars(s), N=gpus, Ψ_t=Ψ_t), {}
+    for how, formulas in TRAINING.items():
+        parts = dict(zip(PARTS, formulas))
+        found[f"{how}, r = {rank}" if "LoRA" in how else how] = evaluate(parts, s)
+        if "ZeRO" in how:
+            found[f"{how} + offload"] = evaluate(parts | {"optimizer": "0", "offloaded": parts["optimizer"]}, s)
+    return found
 
 
 def states(s):
-    """Bytes of parameters, gradients and the optimizer's states."""
-    found = {} if s.full else {f"{what}, frozen": f"e*{of}" for what, of in parameters(s).items()}
-    for name in s.targets if s.method == "qlora" else []:
-        n_in, n_out = s.linears[name]
-        found[f"{name}, frozen"] = f"L*nf4({n_in}*{n_out})" if s.quant == "nf4" else f"L*int8({n_in}, {n_out})"
-    if s.method == "fusion":
-        found["adapters, frozen"] = "4*N*L*(2*d*m + m + d)"
-    own = "e" if s.full else "4"  # what is put into a frozen model is in fp32
-    found |= {what: f"{own}*({of})" for what, of in trained(s).items()}
-    t = total(items(trained(s), s))
-    master = {"master copy": f"4*{t}"} if s.full and s.e == 2 else {}
-    # The gradient of a prompt in one fp32 row is a slice of the input's, all of which lives on with it
-    gradients = "4*n*d" if s.method == "prompt" and s.B == 1 and s.e == 4 else f"{own}*{t}"
-    return {
-        "parameters": items(found, s), "gradients": items({"gradients": gradients}, s),
-        "optimizer": items(master | {"m": f"4*{t}", "v": f"4*{t}"}, s),
-    }  # fmt: skip
+    """{part: [(what, formula, bytes)]}. What a method adds to a frozen model is in fp32."""
+    full, sizes = s.method == "full", [s.linears[name] for name in s.targets]
+    model = {"linear layers": "e*Ψ_q", "all other": "e*(Ψ - Ψ_q)"}
+    if s.method == "qlora":
+        nf4 = "({0}*{1} + 1)//2 + ({0}*{1} + 63)//64 + ({0}*{1} + 16383)//16384*4 + 4"  # each rounded up
+        quantized, rest = (" + ".join(of.format(*size) for size in sizes)
+                           for of in (nf4 if s.quant == "nf4" else "({0} + 4)*{1}", "{0}*{1}"))  # fmt: skip
+        model = {f"{s.quant} layers": f"L*({quantized})", "all other": f"e*(Ψ - L*({rest}))"}
+    model |= {"frozen adapters": "4*adapters*L*(2*d*m + m + d)"} if s.method == "fusion" else {}
+    model |= {} if full else {"trained": f"4*({s.trained})"}
+    adam = {"m": "4*Ψ_t", "v": "4*Ψ_t"} | ({"master copy": "4*Ψ"} if full and s.e == 2 else {})
+    return {part: evaluate(x, s) for part, x in zip(PARTS, (model, {"gradients": "e*Ψ_t" if full else "4*Ψ_t"}, adam))}
 
 
 def activations(s):
-    """Bytes of the distinct tensors, parameters aside, that forward leaves for backward."""
-    kept = Counter()
-    flows = s.full or s.method in ("prompt", "ptuning")  # whether a gradient goes on from here, down to the input
-    half = s.e == 2  # what is trained is in fp32: to compute with, it is copied into 16 bits, and the copy is kept
-
-    def keep(what, formula, when=True):
-        if when:
-            kept[what, formula] += 1
-
-    def read(layers, what, formula, anyway=False):
-        """Linear layers with one input. A frozen one does not keep it: dx = dy W takes the weight alone."""
-        nonlocal flows
-        adapted = [name for name in layers if name in s.targets]
-        keep(what, formula, s.full or adapted or anyway)
-        for name in adapted:
-            n_in, n_out = layers[name]
-            keep("x Aᵀ", "n*r*e")
-            keep(f"16 bits of {name}'s A, B", f"r*({n_in} + {n_out})*e" if flows else f"r*{n_out}*e", half)
-        flows = flows or bool(adapted)
-
-    def adapter(after_attention=False):
-        nonlocal flows
-        if s.method == "adapter" and (s.placement == "houlsby" or not after_attention):
-            # SiLU keeps its input, and Up SiLU's output; ReLU and Up keep the same
-            keep("in adapters", "n*(d + 2*m)*e" if s.placement == "houlsby" else "n*(d + m)*e")
-            keep("16 bits of Down, Up", "2*d*m*e" if flows else "d*m*e", half)
-            flows = True
-
-    norm = ("inputs of norms, and statistics", "n*(d + 2)*e" if s.kind == "gpt2" else "n*(d + 1)*e")
-    qkv, out, up, down = s.groups
-    for _ in range(s.L):
-        keep(*norm, flows)
-        read(qkv, "outputs of norms", "n*d*e")
-        if s.method == "prefix":
-            keep("k, v with the prefix, masks", "(2*B*w + T)*(p + T)*e")
-            flows = True
-        attends = flows
-        keep("q, k, v, and log-sums of attention", "n*(d + 2*w)*e + 4*n*H", attends)
-        read(out, "outputs of attention", "n*d*e", anyway=attends)  # attention itself keeps them
-        adapter(after_attention=True)
-        keep(*norm, flows)
-        read(up, "outputs of norms", "n*d*e")
-        keep("inputs of GELU", "n*f*e", flows and s.kind == "gpt2")
-        keep("gate, SiLU(gate) and up", "3*n*f*e", flows and s.kind == "llama")
-        read(down, "inputs of the MLP's last layer", "n*f*e")
-        adapter()
-        if s.method == "fusion":
-            keep("x + m, Q (x + m), Σ p z, z and p", "n*(3*d + N*d + N)*e")
-            keep("q K, and in adapters", "n*(d + N*m)*e", flows)
-            keep("16 bits of Q, K, V, Down, Up", "(3*d + 1 + 2*N*m)*d*e" if flows else "(2*d + 1)*d*e", half)
-            keep("I - V of the penalty", "4*d*d")
-            flows = True
-    keep(*norm, flows)
-    keep("token ids and positions", "8*(n + T)", s.full)
-    if s.method == "prefix" and s.h:
-        keep("tanh of the prefix's MLP", "4*p*h")
-    if s.method == "ptuning":
-        keep("encoder's MLP", "2*4*p*2*h" if s.encoder == "lstm" else "2*4*p*h")
-        if s.encoder == "lstm":
-            keep("encoder's LSTM, as counted", str(lstm_bytes(s.p, s.d, s.h, s.layers)))
-        keep("where the slots are", "n", s.template)
-    keep("loss: gradient of its input", "4*B*(T - 1)*d")
-    keep("loss: gradient of the head", "4*V*d", s.full)
-    keep("loss: number of labels", "8")
-    return items([(what, f"{times}*({of})" if times > 1 else of) for (what, of), times in kept.items()], s)
-
-
-def lstm_bytes(p, d, h, layers):
-    """What an LSTM keeps is its library's affair (oneDNN has a workspace): one is run, alone."""
-    lstm = torch.nn.LSTM(d, h, layers, bidirectional=True, device="meta").to_empty(device="cpu")
-    x = torch.zeros(p, d, requires_grad=True)
-    with torch.enable_grad(), saved_bytes([x, *lstm.parameters()]) as saved:
-        y, _ = lstm(x)
-        return saved()
+    """[(what, formula, bytes)] that forward keeps for backward: the docstring's table times L, and what is small."""
+    full, gpt2, own = s.method == "full", s.kind == "gpt2", s.placement if s.method == "adapter" else s.method
+    # Where a block keeps or trains something, in the order of forward
+    places = ["norm", "qkv", "attention", "out", "adapter", "norm 2", "up", "GELU", "down", "adapter 2"]
+    groups = zip(("qkv", "out", "up", "down"), s.groups)
+    lora = [(place, *group[name]) for place, group in groups for name in group if name in s.targets]  # (place, in, out)
+    kept = {"qkv", "out", "up", "down"} if full else {place for place, _, _ in lora}  # whose x is kept
+    # Up to the place of the lowest trained number the first block keeps nothing, so that there only L - 1 blocks do
+    lowest = {"prefix": "qkv", "houlsby": "adapter", "pfeiffer": "adapter 2", "fusion": "adapter 2"}.get(own)
+    lowest = min((place for place, _, _ in lora), key=places.index, default=lowest)
+    L = {place: "(L - 1)" if lowest and places.index(place) <= places.index(lowest) else "L" for place in places}
+    formulas = {
+        "inputs of norms, and statistics": f"({L['norm']} + {L['norm 2']} + 1)*n*(d + {2 if gpt2 else 1})*e",
+        "outputs of norms": f"{len(kept & {'qkv', 'up'})}*L*n*d*e",
+        "q, k, v, and log-sums of attention": f"{L['attention']}*(n*(d + 2*w)*e + 4*n*H)",
+        "outputs of attention": f"{'L' if 'out' in kept else L['attention']}*n*d*e",
+        "inputs of GELU" if gpt2 else "gate, SiLU(gate) and up": f"{L['GELU']}*{'' if gpt2 else '3*'}n*f*e",
+        "inputs of the MLP's last layer": "L*n*f*e" if "down" in kept else "0",
+        "loss: gradient of its input": "4*B*(T - 1)*d",  # the loss in chunks runs its own backward and keeps no logits
+        "head's gradient, made in the loss": "4*V*d" if full else "0",
+        "token ids and positions, number of labels": "8*(n + T) + 8" if full else "8",
+    }
+    formulas |= OWN.get(own, {})
+    if lora:
+        formulas["x Aᵀ"] = f"{len(lora)}*L*n*r*e"
+        unused = "".join(f" - r*{i}" for place, i, _ in lora if place == lowest)  # no dx there, so no A
+        formulas["copies in 16 bits"] = f"({s.trained}{unused})*e"  # of fp32 numbers, to compute: A for dx, B for dA
+    if s.method == "ptuning" and s.encoder == "lstm":
+        formulas["encoder's LSTM, as counted"] = f"{lstm_bytes(s)}"
+    return [item for item in evaluate(formulas, s) if item[2] and (s.e == 2 or item[0] != "copies in 16 bits")]
 
 
 def peak(s, found):
-    """The fullest moment of a step, in bytes, given what stands and is kept; what is small is left out."""
-    s.saved, s.gradients = total(found["activations"]), total(found["gradients"])
-    s.stays = total(found["parameters"] + found["optimizer"])
-    # A chunk's logits, which their gradient takes the place of, and for a few rows at a time the log-softmax in fp32,
-    # made from 16 bits by way of an fp32 copy. A trained head's gradient comes on top, in the type of the weights.
-    s.R = min(max(256, (1 << 21) // s.V), s.B * (s.text - 1))
-    s.R2 = min(s.R, s.B * (s.text - 1) - s.R)
-    s.F = min(s.R, max(1, gpt.CHUNK * torch.get_num_threads() // s.V))
-    copy, head = ("4" if s.e == 2 else "0"), ("V*d" if s.full else "0")
-    chunks = [f"R*V*e + F*V*(4 + {copy})", f"R*V*e + {head}*e"]
-    early = {"what stays": "stays", "activations": "saved"}
-    early |= {"gradients of earlier micro-batches": "gradients"} if s.accumulate > 1 else {}
-    late = {"what stays": "stays", "gradients": "gradients"}
+    """[(what, formula, bytes)] of the fullest moment (PEAK above), without small tensors; found: all other parts."""
+    full, sums = s.method == "full", {part: f"{total(items)}" for part, items in found.items()}
+    before = sums if s.accumulate > 1 else {part: of for part, of in sums.items() if part != "gradients"}
+    s.rows = min(max(256, (1 << 21) // s.V), s.B * (s.text - 1))  # gpt.py's loss makes so many rows of logits at a time
+    s.chunk = min(s.rows * s.V, LOSS_CHUNK * torch.get_num_threads())  # and takes so many of them through the softmax
+    x = "(3*n + 3*rows)*d*e" if s.T > s.text else "(2*n + 3*rows)*d*e"  # one copy more to cut off virtual tokens
+    softmax = {"log-softmax in fp32": "chunk*4" if s.e == 4 else "chunk*(4 + 4)"}
+    head, scaled = {"gradient of the head": "V*d*e"}, {"gradient of the head": "V*d*4" if s.e == 4 else "V*d*(4 + e)"}
     moments = {
-        "in the loss": {
-            **early,
-            "logits of a chunk": f"max({', '.join(chunks)})",
-            "output": f"({2 + (s.T > s.text)}*n + 3*R2)*d*e",
-        },
-        "in backward": {**early, "both sides of GELU": "2*n*f*e", "residual stream": "n*d*e"},
-        "after backward": {**late, "embedding's, by head and by input": f"{head}*e", "input's": "n*d*e"},
-        "in the optimizer": {**late, "AdamW's chunks": f"2*4*{adamw.CHUNK * torch.get_num_threads()}"},
+        "in the loss": before | {"logits": "rows*V*e", "x": x} | (head if full else softmax),
+        "as backward starts": before | (scaled if full else {}),
+        "in backward": before | {"both sides of GELU": "2*n*f*e", "residual stream": "n*d*e"},
+        "after backward": {part: sums[part] for part in PARTS} | (head if full else {}) | {"input": "n*d*e"},
     }
-    each = [items({f"{when}: {what}": of for what, of in parts.items()}, s) for when, parts in moments.items()]
+    each = [evaluate({f"{when}: {what}": of for what, of in parts.items()}, s) for when, parts in moments.items()]
     return max(each, key=total)
 
 
-# ----------------------------------------------------------------------------------------------------------- measuring
-
-
-def storages(tensors):
-    """{address: bytes} of the distinct pieces of memory behind tensors: a view or a tied weight counts once."""
-    found = (t.untyped_storage() for t in tensors if torch.is_tensor(t))
-    return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
-
-
-def measured_states(model, optimizer):
-    """Bytes of the live tensors, buffers among them; between backward and zero_grad, after at least one step."""
-    return {
-        "parameters": sum(storages([*model.parameters(), *model.buffers()]).values()),
-        "gradients": sum(storages([p.grad for p in model.parameters()]).values()),
-        "optimizer": sum(storages([t for state in optimizer.state.values() for t in state.values()]).values()),
-    }
-
-
-def kept_by(engine):
-    """Bytes that this rank of a zero.ZeRO keeps, padding and what is offloaded included; between backward and step."""
-    model, flats = engine.model, engine.flats
-    own = storages([*model.parameters(), *model.buffers(), *(flat.shard for flat in flats)])
-    states = [t for state in engine.optimizer.state.values() for t in state.values()]
-    states = storages([*states, *(flat.master for flat in engine.trained)])
-    return {
-        "parameters": sum(own.values()),
-        "gradients": sum(storages([*(p.grad for p in model.parameters()), *(flat.grad for flat in flats)]).values()),
-        "optimizer": sum(size for at, size in states.items() if at not in own),  # an fp32 parameter is its own master
-    }
-
-
-@contextmanager
-def sent_elements():
-    """`with sent_elements() as sent: one step`: {collective: elements that this rank sends}; single numbers aside."""
-    sent, world = Counter(), dist.get_world_size()
-    # Of a tensor of n elements all but this rank's own share goes out; on gloo all-gather is messages to the others
-    share = {
-        "all_reduce": ("all_reduce", 2 * (world - 1) / world),
-        "all_to_all_single": ("reduce_scatter", (world - 1) / world),
-        "reduce_scatter_tensor": ("reduce_scatter", (world - 1) / world),
-        "reduce_scatter_single": ("reduce_scatter", (world - 1) / world),
-        "all_gather_into_tensor": ("all_gather", world - 1),  # it is given the share itself
-        "all_gather_single": ("all_gather", world - 1),
-        "isend": ("all_gather", 1),
-    }
-    originals = {name: getattr(dist, name) for name in share if hasattr(dist, name)}  # torch 2.13 renamed some
-    for function in originals:
-
-        def counted(*arguments, function=function, **options):
-            n = [x for x in arguments if torch.is_tensor(x)][-1].numel()
-            name, part = share[function]
-            sent[name] += n * part if n > 1 else 0
-            return originals[function](*arguments, **options)
-
-        setattr(dist, function, counted)
-    try:
-        yield sent
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
-
-
-@contextmanager
-def saved_bytes(stored):
-    """`with saved_bytes([*model.parameters(), *model.buffers()]) as count: loss = ...`; count() before backward."""
-    alive = weakref.WeakSet()  # a tensor is in it for as long as autograd keeps it
-
-    def pack(tensor):
-        saved = tensor.detach()
-        alive.add(saved)
-        return saved
-
-    def count():
-        own = storages(stored)
-        return sum(size for at, size in storages(alive).items() if at not in own)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        yield count
-
-
-@contextmanager
-def quiet():
-    """The profiler writes a line at its start and end to the process's stderr, whatever Python says."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nothing:
-        os.dup2(nothing.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-@contextmanager
-def peak_bytes(stored, device):
-    """`with peak_bytes(tensors that are there before) as count: one step`, then count(): the most bytes in use."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        yield lambda: torch.cuda.max_memory_allocated(device)
-        return
-    now = peak = sum(storages(stored).values())
-    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-    with quiet():
-        profiler.start()
-    try:
-        yield lambda: peak
-    finally:
-        with quiet():
-            profiler.stop()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-
-
-# -------------------------------------------------------------------------------------------------------------- answers
-
-
-def step(s):
-    """A step of training: {"parameters", "gradients", "optimizer", "activations", "peak": [(what, formula, bytes)]}."""
+def step_bytes(s):
+    """{part: [(what, formula, bytes)]} of a step of training: PARTS, "activations" and "peak"."""
     found = states(s) | {"activations": activations(s)}
     return found | {"peak": peak(s, found)}
 
 
 def predict(config, *run, **settings):
-    """The same, from a config.json and run_of's other arguments."""
-    return step(run_of(sizes_of(config), *run, **settings))
+    """The same from config.json's dict and (method, precision, batch, length, accumulate, **settings)."""
+    return step_bytes(run_of(sizes_of(config), *run, **settings))
+
+# ------------------------------------------------------------------------------------------------------------ plumbing
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+LOSS_CHUNK = 1 << 17  # gpt.py's CHUNK
+SETTINGS = {  # the arguments of each method's own file, with the defaults there
+    "full": {}, "lora": {"rank": 8, "targets": "all-linear"}, "prompt": {"tokens": 20},
+    "qlora": {"rank": 8, "targets": "all-linear", "quant": "nf4"}, "prefix": {"tokens": 20, "hidden": None},
+    "adapter": {"bottleneck": None, "placement": "houlsby"}, "fusion": {"bottleneck": None, "adapters": 2},
+    "ptuning": {"tokens": 20, "encoder": "lstm", "hidden": None, "layers": 2, "template": False},
+}  # fmt: skip
+TRAINED = {  # Ψ_t of a method; of LoRA it is L*r*(in + out) for each linear layer of a block
+    "full": "Ψ", "prompt": "p*d", "prefix": "p*2*L*w", "prefix, MLP": "p*w + hidden*(w + 1) + 2*L*w*(hidden + 1)",
+    "adapter": "sites*L*(2*d*m + m + d)", "fusion": "L*(3*d*d + 2*d)",
+    "ptuning, mlp": "p*d + hidden*(d + 1) + hidden*(hidden + 1) + d*(hidden + 1)",
+    "ptuning, lstm": "p*d + 8*hidden*(d + hidden + 2 + (layers - 1)*(3*hidden + 2)) + (2*hidden + 1)*(2*hidden + d)",
+}  # fmt: skip
+OWN = {  # activations of a method's layers; the lowest Down needs no dx, hence no copy of its weights
+    # Houlsby: two a block, where Down keeps x (d), SiLU and Up their inputs (m each). Pfeiffer: one, ReLU and Up share.
+    "houlsby": {"in adapters": "2*L*n*(d + 2*m)*e", "copies in 16 bits": "(4*L - 1)*d*m*e"},
+    "pfeiffer": {"in adapters": "L*n*(d + m)*e", "copies in 16 bits": "(2*L - 1)*d*m*e"},
+    "fusion": {"x, Q x, Σ p z; z, K z and p": "L*n*(3*d + adapters*(2*d + 1))*e",
+               "I - V, squared in the penalty": "L*4*d*d", "in adapters": "(L - 1)*n*adapters*m*e",
+               "copies in 16 bits": "(L*d + (L - 1)*(2*d + 2*adapters*m))*d*e"},
+    "prefix": {"k, v with the prefix, masks": "L*(2*B*w + T)*(p + T)*e", "MLP's tanh": "4*p*(hidden or 0)"},
+    "ptuning": {"encoder's MLP": "(2 if encoder == 'lstm' else 1)*8*p*hidden", "template's places": "n*template"},
+}  # fmt: skip
+KEYS = {  # the letters in config.json
+    "gpt2": dict(L="n_layer", d="n_embd", H="n_head", V="vocab_size", P="n_positions", f="n_inner"),
+    "llama": dict(L="num_hidden_layers", d="hidden_size", H="num_attention_heads", V="vocab_size",
+                  P="max_position_embeddings", f="intermediate_size", kv="num_key_value_heads"),
+}  # fmt: skip
+LINEARS = {  # {name: (in, out)} of those that share an input
+    "gpt2": [{"attn.c_attn": ("d", "3*d")}, {"attn.c_proj": ("d", "d")},
+             {"mlp.c_fc": ("d", "f")}, {"mlp.c_proj": ("f", "d")}],
+    "llama": [{"q_proj": ("d", "d"), "k_proj": ("d", "w"), "v_proj": ("d", "w")}, {"o_proj": ("d", "d")},
+              {"gate_proj": ("d", "f"), "up_proj": ("d", "f")}, {"down_proj": ("f", "d")}],
+}  # fmt: skip
+MODELS = {
+    name: {"model_type": kind} | dict(zip(KEYS[kind].values(), map(int, sizes)))
+    for name, kind, *sizes in map(str.split, (
+        "nano gpt2 6 256 4 3072 512", "distilgpt2 gpt2 6 768 12 50257 1024", "gpt2 gpt2 12 768 12 50257 1024",
+        "gpt2-medium gpt2 24 1024 16 50257 1024", "gpt2-large gpt2 36 1280 20 50257 1024",
+        "gpt2-xl gpt2 48 1600 25 50257 1024", "gpt-6b gpt2 28 4096 16 50400 2048",  # a GPT-2 of GPT-J's size
+        "llama-7b llama 32 4096 32 32000 2048 11008 32", "llama-13b llama 40 5120 40 32000 2048 13824 40",
+        "llama-70b llama 80 8192 64 32000 2048 28672 8",
+    ))
+}  # fmt: skip
 
 
-def inference(s):
-    """Weights in each format. Quantized are the linear layers; all, if a number of parameters is all there is."""
-    small = [f"{n_in}*{n_out}" for n_in, n_out in s.linears.values()]
-    rest = f" + 2*(Ψ - L*({' + '.join(small)}))" if small else ""
-    in_4 = "L*(" + " + ".join(f"nf4({of})" for of in small) + ")" if small else "nf4(Ψ)"
-    in_8 = "L*(" + " + ".join(f"int8({i}, {o})" for i, o in s.linears.values()) + ")" if small else "1*Ψ"
-    return items({"fp32": "4*Ψ", "fp16, bf16": "2*Ψ", "int8": in_8 + rest, "NF4": in_4 + rest}, s)
+def sizes_of(config):
+    """The letters of the formulas and the linear layers, from a config.json; of our GPT, from vars(model.config)."""
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    tied = kind in KEYS and config.get("tie_word_embeddings", kind == "gpt2")
+    if kind not in KEYS or (kind == "gpt2" and not tied) or config.get("attention_bias") or config.get("mlp_bias"):
+        raise Error("model_type must be gpt2 with a tied head, or llama without biases")
+    s = SimpleNamespace(kind=kind, d=0, H=0, groups=LINEARS[kind])
+    for letter, key in KEYS[kind].items():
+        n = {"f": 4 * s.d, "kv": s.H}.get(letter) if config.get(key) is None else config[key]
+        if type(n) is not int or not 0 < n <= 1 << 24:
+            raise Error(f"{key} must be a whole number from 1 to {1 << 24}, not {n!r}")
+        setattr(s, letter, n)
+    if (config.get("head_dim") or s.d // s.H) * s.H != s.d:
+        raise Error(f"the heads, {s.H} of {config.get('head_dim') or s.d // s.H}, must make the width, {s.d}")
+    s.w = s.d if kind == "gpt2" else s.d // s.H * s.kv
+    s.linears = {name: sizes for group in s.groups for name, sizes in group.items()}
+    biases = " + P*d + (2*L + 1)*d + L*(5*d + f)" if kind == "gpt2" else ""  # and positions
+    s.Ψ_q = total(evaluate({name: f"L*{i}*{o}" for name, (i, o) in s.linears.items()}, s))
+    s.Ψ = s.Ψ_q + total(evaluate({"embeddings, norms": f"{1 if tied else 2}*V*d + (2*L + 1)*d{biases}"}, s))
+    return s
 
 
-def training(s, gpus=1, stages=range(4), rank=8):
-    """{how: [(part of the states, formula, bytes on each device)]}, Adam's states, activations aside."""
-    if s.linears:
-        run = run_of(s, "lora", length=1, rank=rank)
-        t = total(items(trained(run), run))
-    else:  # as if of 12 L d² weights with d = 128 L, which most models are near; LoRA has 16 r d in each layer
-        d = (128 * s.Ψ / 12) ** (1 / 3)
-        t = round(d / 128 * 16 * rank * d)
-    nf4_model = inference(s)[3][2]
-    found = {
-        "all in fp32": ("4*Ψ", "4*Ψ", "(4 + 4)*Ψ"), "all in 16 bits": ("2*Ψ", "2*Ψ", "(2 + 2)*Ψ"),
-        "mixed precision": ("2*Ψ", "2*Ψ", "(4 + 4 + 4)*Ψ"),
-        f"LoRA, r = {rank}": (f"2*Ψ + 4*{t}", f"4*{t}", f"(4 + 4)*{t}"),
-        f"QLoRA, r = {rank}": (f"{nf4_model} + 4*{t}", f"4*{t}", f"(4 + 4)*{t}"),
-    }  # fmt: skip
-    names = ("parameters", "gradients", "optimizer")
-    found = {how: items(zip(names, formulas), s) for how, formulas in found.items()}
-    for stage, offload in ((stage, offload) for stage in stages for offload in (None, "cpu")):
-        size = zero_bytes(s.Ψ, gpus, stage, offload=offload)
-        of = dict(zip(names, ("2*Ψ" + "/N" * (stage > 2), "2*Ψ" + "/N" * (stage > 1), "12*Ψ" + "/N" * (stage > 0))))
-        of |= {"optimizer": "0", "offloaded": of["optimizer"]} if offload else {}
-        found[f"ZeRO {stage}" + " + offload" * bool(offload)] = [(name, of[name], size[name]) for name in of]
-    return found
+def find_sizes(name):
+    """Sizes of one of MODELS, of a config.json or its folder, or of a number such as 6B, which has Ψ and no layers."""
+    try:
+        path = Path(name, "config.json" if Path(name).is_dir() else "")
+        if name in MODELS or path.is_file():
+            return sizes_of(MODELS[name] if name in MODELS else json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, Error
+        raise Error(f"{name} is no config.json that can be counted: {error}") from None
+    match = re.fullmatch(r"(\d+\.?\d*)([KMBT])", name.upper())
+    n = round(float(match[1]) * 1000 ** ("KMBT".index(match[2]) + 1)) if match else 0
+    if not 1 <= n <= 1e15:
+        raise Error(f"{name!r} is no size (124M, 6B; 1000T at most), no config.json, and none of {', '.join(MODELS)}")
+    return SimpleNamespace(Ψ=n, Ψ_q=n, linears={})
 
 
-# --------------------------------------------------------------------------------------------------------- command line
+def run_of(s, method, precision="fp32", batch=16, length=128, accumulate=1, **settings):
+    """The sizes s together with those of a run."""
+    if settings.keys() - SETTINGS[method].keys():
+        raise Error(f"{method} takes {', '.join(SETTINGS[method]) or 'no settings'}, not {', '.join(settings)}")
+    settings, letters = SETTINGS[method] | settings, {"rank": "r", "bottleneck": "m", "tokens": "p"}
+    s = SimpleNamespace(**vars(s) | {letters.get(name, name): value for name, value in settings.items()})
+    s.method, s.accumulate, s.B, s.text, s.e = method, accumulate, batch, length, BYTES[precision]
+    s.T = length + (s.p if method in ("prompt", "ptuning") and not settings.get("template") else 0)
+    s.n, s.m = s.B * s.T, settings.get("bottleneck") or max(1, s.d // 16)
+    s.sites = 2 if settings.get("placement") == "houlsby" else 1
+    if s.T + (s.p if method == "prefix" else 0) > s.P:
+        raise Error(f"{length} tokens, and the method's own, do not fit the model's {s.P} positions")
+    if method == "ptuning" and not s.hidden:
+        s.hidden = max(1, s.d // 2) if s.encoder == "lstm" else s.d
+    ends = s.linears if settings.get("targets") == "all-linear" else settings.get("targets", [])
+    found = {end: [name for name in s.linears if f".{name}".endswith(f".{end}")] for end in ends}
+    if not all(found.values()):
+        raise Error(f"targets are ends of {', '.join(s.linears)}, not {ends}")
+    s.targets = [name for name in s.linears if any(name in names for names in found.values())]
+    key = f"ptuning, {s.encoder}" if method == "ptuning" else "prefix, MLP" if settings.get("hidden") else method
+    s.trained = " + ".join("L*r*({} + {})".format(*s.linears[name]) for name in s.targets) or TRAINED[key]
+    s.Ψ_t = total(evaluate({"": s.trained}, s))
+    return s
 
 
-def positive(text):
-    n = int(text)
-    if not 1 <= n <= 1 << 20:
-        raise argparse.ArgumentTypeError(f"must be from 1 to {1 << 20}, not {n}")
-    return n
+def lstm_bytes(s):
+    """What P-tuning's LSTM keeps depends on torch's library for it, so one is run and counted."""
+    lstm = torch.nn.LSTM(s.d, s.hidden, s.layers, bidirectional=True, device="meta").to_empty(device="cpu")
+    x, kept = torch.zeros(s.p, s.d, requires_grad=True), []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.untyped_storage()) or t, lambda t: t)
+    with torch.enable_grad(), hooks:
+        lstm(x)
+    stored = {t.untyped_storage().data_ptr() for t in (x, *lstm.parameters())}
+    return sum({of.data_ptr(): of.nbytes() for of in kept if of.data_ptr() not in stored}.values())
 
-
-def refuse(message):
-    raise Error(f"{message}; first comes a size (6B), a name (gpt2) or a config.json, and --help shows the rest")
-
-
-def arguments():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m nanopeft.memory", description=__doc__, formatter_class=formatter)
-    parser.error = refuse  # one line instead of the whole usage
-    add = parser.add_argument
-    add("model", help=f"a number of parameters (6B, 124M), a config.json, or one of {', '.join(MODELS)}")
-    add("--gpus", type=positive, help="states of training on each of so many devices")
-    add("--stage", type=int, choices=range(4), help="with --gpus: this stage of ZeRO alone")
-    add("--method", choices=[*SETTINGS], help="a step of training, item by item")
-    add("--precision", choices=[*BYTES], help="of the model and the arithmetic (bf16)")
-    add("--batch", type=positive, help="rows in a batch (1)")
-    add("--length", type=positive, help="tokens in a row (512, or half of the model's positions)")
-    add("--rank", type=positive, help="lora, qlora (8)")
-    add("--quant", choices=["nf4", "int8"], help="qlora (nf4)")
-    add("--bottleneck", type=positive, help="adapter, fusion (a sixteenth of the width)")
-    add("--tokens", type=positive, help="prefix, prompt, ptuning (20)")
-    add("--json", action="store_true", help="bytes, as JSON")
-    args = parser.parse_args()
-    # A flag works or is refused
-    given = {name for name, value in vars(args).items() if value is not None} - {"model", "json"}
-    args.sizes = find_sizes(args.model)
-    if args.method and not args.sizes.linears:
-        raise Error(f"{args.model} has no layers for --method: give a config.json, or one of {', '.join(MODELS)}")
-    if args.gpus:
-        mode, wrong = "--gpus", given - {"gpus", "stage", "rank"}
-    elif args.method:
-        mode, wrong = "--method", given & {"stage"}
-    else:
-        mode, wrong = "a model alone", given - ({"precision", "batch", "length"} if args.sizes.linears else set())
-    if wrong:
-        raise Error(f"--{min(wrong)} does not go with {mode}")
-    args.settings = {name: getattr(args, name) for name in given & {"rank", "quant", "bottleneck", "tokens"}}
-    return args
-
+# -------------------------------------------------------------------------------------------------------- command line
 
 def main():
-    args = arguments()
-    s, letters = args.sizes, ["Ψ"]
-    if args.gpus:
-        parts = training(s, args.gpus, range(4) if args.stage is None else [args.stage], args.rank or 8)
-    elif not s.linears:
-        parts = {"weights": inference(s)}
-    else:
+    def refuse(message):
+        raise Error(f"{message}; first comes a size (6B), a name (gpt2) or a config.json, and --help shows the rest")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error, add = refuse, parser.add_argument  # one line instead of the whole usage
+    add("model", help=f"a number of parameters (6B, 124M), a config.json, or one of {', '.join(MODELS)}")
+    for flag in ("gpus", "stage", "batch", "length", "rank", "bottleneck", "tokens"):
+        add(f"--{flag}", type=int, choices=range(4) if flag == "stage" else None)
+    for flag, choices in {"method": SETTINGS, "precision": BYTES, "quant": ("nf4", "int8")}.items():
+        add(f"--{flag}", choices=choices)
+    add("--json", action="store_true")
+    args = parser.parse_args()
+    s, gpus = find_sizes(args.model), args.gpus is not None
+    given = {name: value for name, value in vars(args).items() if value is not None and name not in ("model", "json")}
+    fits = {"gpus", "stage", "rank"} if gpus else {"precision", "batch", "length"} if s.linears else set()
+    fits = given.keys() - {"stage"} if args.method and s.linears and not gpus else fits
+    for name, value in given.items():  # a flag works or is refused
+        if name not in fits:
+            raise Error(f"--{name} does not go with {args.model} and the other flags")
+        if type(value) is int and name != "stage" and not 1 <= value <= 1 << 20:
+            raise Error(f"--{name} must be from 1 to {1 << 20}, not {value}")
+    parts = {"weights": evaluate(INFERENCE, s)}
+    if gpus:
+        only, parts = "ZeRO" if args.stage is None else f"ZeRO {args.stage}", training(s, args.gpus, args.rank or 8)
+        parts = {how: found for how, found in parts.items() if "ZeRO" not in how or only in how}
+    elif s.linears:
+        settings = {name: given[name] for name in ("rank", "quant", "bottleneck", "tokens") if name in given}
         length = args.length or min(512, max(1, s.P // 2))
-        s = run_of(s, args.method or "full", args.precision or "bf16", args.batch or 1, length, **args.settings)
-        parts = step(s) if args.method else {"weights": inference(s)}
-        letters = [x for x in (*"ΨLdwfHVPBTnermNph", "R", "R2", "F") if getattr(s, x, None)]
-        parts["beside it"] = items({"keys and values, to generate": "2*L*n*w*e", "logits, if held whole": "n*V*e"}, s)
+        s = run_of(s, args.method or "full", args.precision or "bf16", args.batch or 1, length, **settings)
+        parts = (step_bytes(s) if args.method else parts) | {"beside it": evaluate(ON_TOP, s)}
     if args.json:
-        parts = {
-            part: [dict(zip(("what", "formula", "bytes"), item)) for item in found] for part, found in parts.items()
-        }
-        print(json.dumps(parts, indent=2, ensure_ascii=False))
-        return
-    print(f"{args.model}: {', '.join(f'{x} = {getattr(s, x):,}' for x in letters)}; the letters are in --help")
-    if args.gpus:
+        named = {part: [dict(zip(("what", "formula", "bytes"), item)) for item in of] for part, of in parts.items()}
+        return print(json.dumps(named, indent=2, ensure_ascii=False))
+    text = " ".join(of for found in parts.values() for _, of, _ in found)
+    letters = [f"{x} = {n:,}" for x, n in vars(s).items() if type(n) is int and re.search(rf"\b{x}\b", text)]
+    print(f"{args.model}: {', '.join(letters)}; the letters are in --help")
+    if gpus:
         print(f"training with Adam, activations aside: GB on each of N = {args.gpus} devices")
         print(f"{'':20}{'parameters':>12}{'gradients':>12}{'optimizer':>12}{'together':>12}{'offloaded':>12}")
-        for how, found in parts.items():
-            kept = [size for _, _, size in found[:3]]
-            row = "".join(f"{size / 1e9:12,.2f}" for size in (*kept, sum(kept), total(found[3:])))
-            print(f"{how:20}{row}   {' + '.join(of for _, of, _ in found[:3])}")
-        return
     for part, found in parts.items():
+        if gpus:
+            sizes = [size for _, _, size in found[:3]]
+            row = "".join(f"{size / 1e9:12,.2f}" for size in (*sizes, sum(sizes), total(found[3:])))
+            print(f"{part:20}{row}   {' + '.join(of for _, of, _ in found[:3])}")
+            continue
         print(part)
         summed = [("together", "", total(found))] if len(found) > 1 and part not in ("weights", "beside it") else []
         for what, of, size in found + summed:

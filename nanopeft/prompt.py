@@ -1,27 +1,60 @@
 # SPDX-License-Identifier: MIT
-"""Prompt tuning: a few trained vectors before the input embeddings steer a model that is frozen altogether.
+"""Prompt tuning: train n vectors in front of the input embeddings, and freeze the whole model.
 
-    logits = model([P ; E[ids]])          the frozen model's own loss trains P, through the model's input
+A prompt in words (a "hard prompt") steers a language model without changing it, but its wording is found by trial.
+Prompt tuning learns the prompt instead (a "soft prompt"): n virtual tokens, which are vectors that belong to no word,
+trained by backpropagation through the frozen model.
 
-Dimensions: B rows, T tokens, d the embedding's size, n prompt tokens; P (n, d) trained; E (V, d) and all else frozen.
+    logits = model([P ; E[ids]])        the loss is the model's own, on the labels of the input tokens
 
-Trained and stored are the same n d numbers: with n = 20, GPT-2 (d = 768) has 15,360, one in 8,000 of its own. Their
-gradient comes down through the whole model, though: a step costs the forward pass and the half of the backward pass
-that is not for weights, on n more tokens.
+    B batch, T input tokens, d embedding size, V vocabulary, n virtual tokens
+    P (n, d)  trained, the same for every row          E (V, d) and all other weights  frozen
 
-Where P starts matters on a small model. Words are what the model can read: hence tokens drawn from the vocabulary, a
-text, or the labels that a classification is to write. In the paper the start no longer matters at 11 billion
-parameters, where prompt tuning is as good as full fine-tuning; in smaller models it is behind. Learning rates are
-large, 0.03 to 0.3, and P does not stay near the words: prompts that were released lie far from all of them.
+    position    0      1     ...  n-1       n       n+1     ...  n+T-1
+    input       P[0]   P[1]  ...  P[n-1]    E[x₀]   E[x₁]   ...  E[x_T-1]      every input token attends to all of P
+    label       -100   -100  ...  -100      x₀      x₁      ...  x_T-1         no loss on P itself
+    logits      (dropped)                   y₀      y₁      ...  y_T-1         y_t predicts x_t+1, as without P
 
-Pads on the left stay there: [pads ; P ; E[ids]], with positions counted from P on. A padded row gives what it gives
-alone.
+Worked example: in GPT-2 (d = 768, 124,439,808 parameters) n = 20 virtual tokens are 15,360 numbers, 0.012 % of the
+model and 61 KB in fp32. Their gradient and Adam's moments are 184 KB; the whole model's would be 1.5 GB. An input of
+100 tokens takes 120 positions, and 1,004 of the 1,024 positions are left for text.
 
-Beside its sisters: the input only, before the input, no encoder. P-tuning puts its vectors anywhere in the input and
-makes them by an encoder; prefix-tuning gives each layer its own keys and values; adapters sit in each block; LoRA can
-be merged. A prompt cannot be: inference has n more positions to compute, and a context that is n shorter.
+Cost of training: the gradient comes down through all layers to P, so every layer keeps its activations. Only the
+gradients of the weights are saved, a third of the arithmetic.
 
-Paper: prompt tuning, arXiv 2104.08691, section 2.
+Cost at inference: P cannot be merged into the weights, because it is input. Each row computes n more positions, keeps
+their keys and values in the cache, and has a context n shorter. In return one frozen model serves many tasks, even in
+one batch: with the prompts stacked as P (tasks, n, d), call model(inputs_embeds=cat((P[task], E[ids]), 1)), task (B,).
+
+Why scale helps: P adds no ability. It calls up what the frozen model can do, and a larger model can do more. The paper
+tuned T5 from 60M to 11B parameters: small models stay behind full fine-tuning, and at about 10B the two are equal.
+When to use it: one very large frozen model serves many tasks, each with kilobytes of its own. When not: the context is
+tight, the model is small, or the task is hard, such as tagging, where P-tuning v2 is better. The usual choice today is
+LoRA (lora.py): it is stronger in small models, and once merged it costs nothing at inference.
+
+Why start from words: a model has learned to read the vectors of words, and a small one makes little of others. In the
+paper class labels were the best start and random vectors the worst; at 11B all were equal.
+
+Why learning rates are larger than LoRA's 1e-4: a step of Adam moves a number by about the rate, and no pretrained
+weight is at risk. The paper takes 0.3 and ends far from all words: its released SST-2 prompt has a deviation of 52. So
+far is not always needed. In a small GPT-2 (6 layers, d = 256, words of RMS 0.083) 60 steps bring a loss of 4.25 to 4.12
+at 1e-4, to 3.87 at 1e-3, and to 3.78 to 3.82 at all rates from 3e-3 (P moves by 0.03) to 0.1 (P moves by 0.66).
+
+Typical: n = 20 to 100 (more gains little; at 11B even one token works). The paper: n = 100, Adafactor, constant 0.3,
+batch 32, 30,000 steps. Here: AdamW at 0.1 without weight decay, which would pull P to zero.
+
+Pitfalls
+* It is not prompt engineering, which searches for words, nor instruction tuning, which trains the weights on many tasks
+  that are written as instructions. Here the weights are frozen, and P is learned for one task.
+* P fits the base that it was trained on and no other. Its nearest words explain little.
+* Left padding must stay in front, [pads ; P ; E[ids]]. Between P and the text, sliding windows, MPT and Mamba would
+  count it, and a pad would predict the first token.
+
+Compared with related methods: P-tuning (ptuning.py) makes its virtual tokens by an encoder and places them anywhere in
+the input; prefix-tuning (prefix.py) and P-tuning v2 train keys and values in every layer; LoRA changes the weights.
+The whole family in one table: nanopeft/__init__.py
+
+Paper: The Power of Scale for Parameter-Efficient Prompt Tuning, arXiv 2104.08691, sections 2 (method), 3.2 (ablations).
 """
 
 import inspect
@@ -29,179 +62,116 @@ import math
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 
 class Error(ValueError):
     """Wrong use of prompt tuning; the message says what would be right."""
 
 
-# ---------------------------------------------------------------------------------------------------------- mathematics
-
-
-def join(front, t, pads):
-    """[front ; t] for front (1, n, ...) and t (B, T, ...): in each row behind its left padding, pads (B, 1) or None."""
-    n, B = front.size(1), len(t)
-    # Cast after expanding, so that the rows' gradients are summed in 32 bits
-    t = torch.cat((front.expand(B, *front.shape[1:]).to(t.dtype), t), 1)  # (B, n + T, ...)
-    if pads is None:
-        return t
-    # Before the pads a sliding window, which counts them, would lose sight of the prompt too early
-    place = torch.arange(t.size(1), device=t.device)
-    source = torch.where(place < pads, place + n, torch.where(place < pads + n, place - pads, place))  # (B, n + T)
-    return t[torch.arange(B, device=t.device)[:, None], source]
-
-
-def initial_prompt(embedding, n, init):
-    """P (n, d) in fp32 or wider: see PromptTuning's `init`."""
-    V = embedding.weight.size(0)
-    common = min(V, 5000)  # the paper's population; tokenizers mostly number their tokens by frequency
-    if isinstance(init, str):
-        if init not in ("vocabulary", "random"):
-            raise Error(f"init must be vocabulary, random or a list of token ids, not {init!r}")
-        ids = torch.randint(common, (n,))
-    else:
-        ids = init.tolist() if torch.is_tensor(init) else list(init)
-        if not ids:
-            raise Error("init has no token ids: the text or the labels to start from are empty")
-        if any(type(i) is not int or not 0 <= i < V for i in ids):
-            raise Error(f"init must hold token ids, from 0 to {V - 1}, not {ids}")
-        ids = torch.tensor(ids)
-        ids = ids.repeat(math.ceil(n / len(ids)))[:n]
-    with torch.no_grad():
-        # Called, not read: Gemma scales its embeddings inside the layer
-        P = embedding(ids.to(embedding.weight.device))  # (n, d)
-        P = P.to(torch.promote_types(P.dtype, torch.float32))
-        if isinstance(init, str) and init == "random":
-            P = torch.randn_like(P) * P.std()  # as large as words are
-    return P
-
-
-# --------------------------------------------------------------------------------------------------------------- module
-
-
 class PromptTuning(nn.Module):
-    """Freezes a causal language model and puts n trained vectors before its input; called like the model.
+    """Freezes a causal language model and puts n trained vectors in front of its input; called like the model.
 
-    n_tokens: n. init: "vocabulary" (n drawn tokens' embeddings), "random" (normal, as large as these), or token ids,
-        of a text or of the class labels, repeated or cut to n.
-    The output is the model's own, with the logits of the input's positions: logits[:, t] follows input_ids[:, t].
-    As the last prompt token predicts input_ids[:, 0], a label there is scored: set it to -100 to leave it out.
-    Cast the model before, not after: P is fp32 even beside a model of 16 bits.
+    n_tokens: n. init: "vocabulary" (the embeddings of n random frequent tokens), "random" (normal, as large as these),
+        or token ids, of a text or of the class labels, repeated or cut to n.
+    The output is the model's own, with the logits of the input tokens alone. model.model is the base, unchanged.
+    P[n-1] predicts input_ids[:, 0]: a label there is scored; set it to -100 to leave it out.
+    Cast the model before wrapping it, not after: P stays fp32 beside a model of 16 bits.
     """
 
     def __init__(self, model, n_tokens=20, *, init="vocabulary"):
         super().__init__()
-        if hasattr(model, "n_tokens"):
-            raise Error(f"the model is a {type(model).__name__} already: wrap the model inside of it")
-        if type(n_tokens) is not int or n_tokens < 1:
-            raise Error(f"n_tokens must be a whole number of at least 1, not {n_tokens!r}")
-        config = getattr(model, "config", None)
-        limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
-        self.limit = limits[0] or limits[1] or math.inf
-        if n_tokens >= self.limit:
-            raise Error(f"{n_tokens} prompt tokens leave no room for a text in the model's {self.limit} positions")
-        P = initial_prompt(model.get_input_embeddings(), n_tokens, init)
-        self.n_tokens = n_tokens
-        self.model = model.requires_grad_(False)
+        self.n_positions = check_model(model, n_tokens)
+        self.n_tokens = self.n_in_front = n_tokens
+        P = initial_prompt(model.get_input_embeddings(), n_tokens, init)  # (n, d)
         self.prompt_embeddings = nn.Parameter(P)
+        self.model = model.requires_grad_(False)
         self.prompt_config = {
             "peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": n_tokens,
             "token_dim": P.size(1), "num_transformer_submodules": 1, "inference_mode": True,
-            # peft's TEXT would want the name of a tokenizer; the vectors themselves are in the other file
-            "prompt_tuning_init": "SAMPLE_VOCAB" if isinstance(init, str) and init == "vocabulary" else "RANDOM",
+            "prompt_tuning_init": "SAMPLE_VOCAB" if str(init) == "vocabulary" else "RANDOM",
         }  # fmt: skip
 
-    config = property(lambda self: self.model.config)
-    device = property(lambda self: self.prompt_embeddings.device)
+    def virtual_tokens(self):
+        return self.prompt_embeddings  # (n, d)
 
-    def insert(self, x, mask, past=0):
-        """The embeddings (B, T, d) with P, the mask for that, and each row's pads. In later steps P is in the cache."""
-        pads = None if mask is None else (mask.cumsum(1) == 0).sum(1, keepdim=True)  # (B, 1)
-        if mask is not None:
-            shape = len(x), x.size(1) + (past - self.n_tokens if past else 0)  # (B, S)
-            if mask.shape != shape:
-                raise Error(f"attention_mask must be {shape}, not {tuple(mask.shape)}: all tokens, and not the prompt")
-            mask = join(mask.new_ones(1, self.n_tokens), mask, pads)  # (B, n + S)
-        if past == 0:
-            x = join(self.prompt_embeddings[None], x, pads)  # (B, n + T, d)
-        count = past + x.size(1)
-        if count > self.limit and (mask is None or (count := mask.sum(1).max()) > self.limit):
-            others = count - self.n_tokens
-            raise Error(f"{self.n_tokens} prompt tokens and {others} others do not fit the {self.limit} positions")
-        return x, mask, pads
+    def insert(self, ids, x, mask, positions, labels, past):
+        """[P ; E[ids]], and mask, positions, labels for it. After the first step of generation P is in the cache."""
+        n, x = self.n_tokens, self.model.get_input_embeddings()(ids) if x is None else x  # (B, T, d)
+        mask = None if mask is None else F.pad(mask, (n, 0), value=1)  # (B, n + T)
+        positions = None if positions is None else positions.expand(len(x), -1) + n  # (B, T)
+        if not past:
+            # Cast after expanding: P is fp32, and so is then the sum of its gradient over the rows
+            P = self.virtual_tokens().expand(len(x), -1, -1).to(x.dtype)  # (B, n, d)
+            x = torch.cat((P, x), 1)  # (B, n + T, d)
+            labels = None if labels is None else F.pad(labels, (n, 0), value=-100)  # no loss on P
+            if positions is not None:
+                positions = torch.cat((torch.arange(n, device=x.device).expand(len(x), -1), positions), 1)
+        return left_pads_first(n, x, mask, positions, labels)
 
     def forward(
         self, input_ids=None, *, inputs_embeds=None, attention_mask=None, position_ids=None, past_key_values=None,
         labels=None, **options,
     ):  # fmt: skip
-        """The model's call. position_ids, labels and attention_mask are the input's own, and have no places for P."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise Error("give either input_ids or inputs_embeds")
-        n, past = self.n_tokens, 0 if past_key_values is None else past_key_values.get_seq_length()
-        x = self.model.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        T = x.size(1)
-        x, mask, pads = self.insert(x, attention_mask, past)
-        new = x.size(1)  # n + T, and T in later steps
-        if position_ids is not None:
-            position_ids = position_ids.expand(len(x), -1) + n
-            if past == 0:
-                position_ids = join(torch.arange(n, device=x.device)[None], position_ids, pads)
-        elif mask is not None:
-            position_ids = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -new:]  # pads are not counted
-        if labels is not None and past == 0:
-            labels = join(labels.new_full((1, n), -100), labels, pads)
+        """The model's call. attention_mask, position_ids and labels are the input tokens', without places for P."""
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        T = check_input(self, input_ids, inputs_embeds, attention_mask, past)
+        x, mask, positions, labels = self.insert(input_ids, inputs_embeds, attention_mask, position_ids, labels, past)
+        if positions is None and mask is not None:
+            positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -x.size(1) :]  # pads are not counted
         if torch.is_tensor(options.get("logits_to_keep")):  # places in the input
-            options["logits_to_keep"] = options["logits_to_keep"] + new - T
-        if past_key_values is not None:  # transformers renamed it in 5.24
+            options["logits_to_keep"] = options["logits_to_keep"] + x.size(1) - T
+        if past_key_values is not None:  # transformers 5.24 renamed it
             renamed = "cache" in inspect.signature(self.model.forward).parameters
             options["cache" if renamed else "past_key_values"] = past_key_values
-        out = self.model(inputs_embeds=x, attention_mask=mask, position_ids=position_ids, labels=labels, **options)
-        if out.logits is None:
-            return out
-        logits = out.logits[:, -T:]
-        if isinstance(out, tuple):
-            return out._replace(logits=logits)
-        out.logits = logits
+        out = self.model(inputs_embeds=x, attention_mask=mask, position_ids=positions, labels=labels, **options)
+        if out.logits is not None:
+            logits = out.logits[:, -T:]  # (B, T, V)
+            if isinstance(out, tuple):
+                return out._replace(logits=logits)
+            out.logits = logits
         return out
 
     def generate(self, input_ids, max_new_tokens=64, *, attention_mask=None, **options):
-        """input_ids and what follows, by the model's own generate and with its options.
-
-        max_new_tokens is the argument's, whatever a generation_config says.
-        """
+        """input_ids and max_new_tokens more (whatever a generation_config says), by the model's own generate."""
         if not hasattr(self.model, "prepare_inputs_for_generation"):
             # Not transformers': a loop around the call, for which this module is as good as the model
             return type(self.model).generate(self, input_ids, max_new_tokens, attention_mask=attention_mask, **options)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        x, mask, _ = self.insert(self.model.get_input_embeddings()(input_ids), mask)
-        end = int(mask.sum(1).max()) + max_new_tokens - 1  # the last token is not read
-        if end > self.limit:
-            tokens = f"the input, {self.n_tokens} prompt tokens and {max_new_tokens} new ones"
-            raise Error(f"{tokens} need {end} positions; the model has {self.limit}")
-        return self.model.generate(
-            input_ids=input_ids, inputs_embeds=x, attention_mask=mask, max_new_tokens=max_new_tokens, **options
-        )
+        check_input(self, input_ids, None, mask, more=max_new_tokens - 1)  # the last new token is not read
+        x, mask, _, _ = self.insert(input_ids, None, mask, None, None, past=0)
+        options |= dict(inputs_embeds=x, attention_mask=mask, max_new_tokens=max_new_tokens)
+        return self.model.generate(input_ids=input_ids, **options)
+
+    config = property(lambda self: getattr(self.model, "config", None))
+    device = property(lambda self: self.model.get_input_embeddings().weight.device)
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+def initial_prompt(embedding, n, init):
+    """P (n, d) in fp32 or wider: see PromptTuning's `init`."""
+    V, init = len(embedding.weight), init.tolist() if torch.is_tensor(init) else init
+    if init in ("vocabulary", "random"):
+        ids = torch.randint(min(V, 5000), (n,))  # as in the paper; tokenizers mostly number tokens by frequency
+    elif not isinstance(init, str) and init and all(type(i) is int and 0 <= i < V for i in init):
+        ids = torch.tensor(init).repeat(math.ceil(n / len(init)))[:n]
+    else:
+        raise Error(f"init must be vocabulary, random or a list of at least one token id, 0 to {V - 1}, not {init!r}")
+    with torch.no_grad():
+        P = embedding(ids.to(embedding.weight.device))  # not weight[ids]: Gemma's layer scales what it looks up
+        P = P.to(torch.promote_types(P.dtype, torch.float32))  # (n, d)
+        return torch.randn_like(P) * P.std() if init == "random" else P
 
 
+@torch.no_grad()
 def prompt_state_dict(model):
     """What was trained, under peft's name: the content of adapter_model.safetensors."""
-    return {"prompt_embeddings": model.prompt_embeddings.detach()}
+    return {"prompt_embeddings": model.virtual_tokens().detach()}
 
 
 @torch.no_grad()
 def load_prompt_state_dict(model, state):
     """The reverse. Error, with nothing loaded, if the two do not fit."""
-    if state.keys() != {"prompt_embeddings"}:
-        raise Error(f"a prompt's file holds prompt_embeddings and nothing else, not {', '.join(state) or 'nothing'}")
-    P = state["prompt_embeddings"]
-    if P.shape != model.prompt_embeddings.shape:
-        raise Error(f"the prompt is {tuple(P.shape)} in the file and {tuple(model.prompt_embeddings.shape)} here")
-    if not P.is_floating_point() or P.element_size() < 2:
-        raise Error(f"the prompt is {P.dtype} in the file, which holds no trained numbers")
-    model.prompt_embeddings.copy_(P)
+    model.prompt_embeddings.copy_(fitting_prompt(model, state))
 
 
 def prompt_config(model):
@@ -209,59 +179,77 @@ def prompt_config(model):
     return dict(model.prompt_config)
 
 
-def prompt_arguments(config):
-    """PromptTuning's arguments, from an adapter_config.json of ours or peft's. Error for what this file does not do."""
-    if not isinstance(config, dict) or config.get("peft_type") != "PROMPT_TUNING":
-        raise Error("adapter_config.json is no prompt tuning's: its peft_type must be PROMPT_TUNING")
-    for key, allowed in (
-        ("task_type", ["CAUSAL_LM", None]), ("num_transformer_submodules", [1, None]), ("modules_to_save", [None, []]),
-        ("prompt_tuning_init", ["RANDOM", "SAMPLE_VOCAB", "TEXT"]),
-    ):  # fmt: skip
-        if config.get(key, allowed[0]) not in allowed:
-            raise Error(f"adapter_config.json: {key} must be one of {allowed}, not {config[key]!r}")
-    n = config.get("num_virtual_tokens")
-    if type(n) is not int or n < 1:
-        raise Error(f"adapter_config.json: num_virtual_tokens cannot be {n!r}")
-    # The other file's vectors replace whatever is drawn
-    return {"n_tokens": n, "init": "vocabulary" if config.get("prompt_tuning_init") == "SAMPLE_VOCAB" else "random"}
+# ------------------------------------------------------------------------------------------------------------ plumbing
+
+
+def check_model(model, n_tokens, least=1):
+    """How many positions the model has (math.inf if it sets no limit). Error if it can have no virtual tokens."""
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if hasattr(model, "n_tokens"):
+        raise Error(f"the model is a {name} already: wrap the model inside of it")
+    headless = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None
+    if headless or getattr(config, "is_encoder_decoder", False) or getattr(config, "hidden_size_per_layer_input", 0):
+        raise Error(f"{name} is an encoder-decoder, has no head, or looks ids up in every layer: take a causal LM")
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or math.inf
+    if type(n_tokens) is not int or not least <= n_tokens < limit:
+        raise Error(f"n_tokens must be a whole number from 1 to below the model's {limit} positions, not {n_tokens!r}")
+    return limit
+
+
+def check_input(model, ids, x, mask, past=0, more=0):
+    """T. Error for a call that contradicts itself, or has no room for its tokens and `more` that are generated."""
+    if (ids is None) == (x is None):
+        raise Error("give either input_ids or inputs_embeds")
+    B, T = (ids if x is None else x).shape[:2]
+    n, S = model.n_in_front, T + max(0, past - model.n_in_front)  # S: those in the cache too
+    if mask is not None and mask.shape != (B, S):
+        raise Error(f"attention_mask must be {(B, S)}, not {tuple(mask.shape)}: all input tokens, none put in front")
+    needed, limit = n + S + more, model.n_positions
+    if needed > limit and mask is not None:
+        needed = n + int(mask.sum(1).max()) + more  # pads take no position
+    if needed > limit:
+        raise Error(f"the text and {model.n_tokens} virtual tokens need {needed} positions; the model has {limit}")
+    return T
+
+
+def left_pads_first(n, x, mask, positions, labels):
+    """From [P ; pads ; text] to [pads ; P ; text], where the left padding of a row cannot come between the two."""
+    if mask is None:
+        return x, mask, positions, labels
+    is_left_pad = (mask == 0) & (mask.cumsum(1) == n)  # (B, n + T)
+    order = is_left_pad.int().argsort(dim=1, descending=True, stable=True)
+    rows, found = torch.arange(len(x), device=x.device)[:, None], (x, mask, positions, labels)
+    return [t[rows, order] if t is not None and t.size(1) == mask.size(1) else t for t in found]
+
+
+def fitting_prompt(model, state):
+    """The tensor of a state dict, if it can be the model's P."""
+    shape = model.n_tokens, model.prompt_config["token_dim"]
+    P, found = state.get("prompt_embeddings"), {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
+    if len(state) != 1 or P is None or P.shape != shape or not P.is_floating_point() or P.element_size() < 2:
+        raise Error(f"the state must be prompt_embeddings {shape} in 16 bits or more, not {found or 'nothing'}")
+    return P
 
 
 if __name__ == "__main__":
     from types import SimpleNamespace
 
-    class Tiny(nn.Module):
-        """A language model that reads the mean of the tokens so far, called like one of Hugging Face's."""
-
-        def __init__(self, V=40, d=32):
-            super().__init__()
-            self.wte, self.wpe = nn.Embedding(V, d), nn.Embedding(64, d)
-            self.mlp = nn.Sequential(nn.Linear(d, 128), nn.GELU(), nn.Linear(128, V))
-
-        def get_input_embeddings(self):
-            return self.wte
-
-        def forward(self, inputs_embeds, attention_mask=None, position_ids=None, **_):
-            B, T, _ = inputs_embeds.shape
-            mask = torch.ones(B, T) if attention_mask is None else attention_mask
-            x = inputs_embeds + self.wpe(torch.arange(T) if position_ids is None else position_ids)
-            mean = (x * mask[..., None]).cumsum(1) / mask.cumsum(1).clamp(min=1)[..., None]
-            return SimpleNamespace(logits=self.mlp(mean))
-
     torch.manual_seed(0)
-    model = PromptTuning(Tiny(), 8)
-    base, P, ids = model.model, model.prompt_embeddings, torch.tensor([[3, 1, 4, 1, 5]])
-    by_hand = base(torch.cat((P[None], base.wte(ids)), 1)).logits[:, 8:]
+    base = nn.Module()  # a recurrent language model, called like one of Hugging Face's
+    base.E, base.rnn = nn.Embedding(40, 32), nn.GRU(32, 32, batch_first=True)
+    base.get_input_embeddings = lambda: base.E
+    base.forward = lambda inputs_embeds, **_: SimpleNamespace(logits=base.rnn(inputs_embeds)[0] @ base.E.weight.T)
+    model, ids = PromptTuning(base, 8), torch.tensor([[3, 1, 4, 1, 5]])
+    P, before = model.prompt_embeddings, [p.clone() for p in base.parameters()]
+    by_hand = base(torch.cat((P[None], base.E(ids)), 1)).logits[:, 8:]
     print(f"model(ids) against base([P ; E[ids]]): {(model(ids).logits - by_hand).abs().max():.1e}")
-    padded, mask = (nn.functional.pad(t, (3, 0)) for t in (ids, torch.ones_like(ids)))
-    difference = model(padded, attention_mask=mask).logits[:, 3:] - by_hand
-    print(f"with 3 pads on its left, against the row alone: {difference.abs().max():.1e}")
-    before = [p.clone() for p in base.parameters()]
     optimizer, losses = torch.optim.Adam([P], lr=0.1), []
     for _ in range(60):
-        optimizer.zero_grad()
         losses.append(nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:]))
+        optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
     same = all(map(torch.equal, before, base.parameters()))
     print(f"60 steps on P alone: loss {losses[0]:.2f} to {losses[-1]:.2f}; the base is the same, bit for bit: {same}")
-    print(f"GPT-2, 20 tokens: n d = {20 * 768:,} of 124,439,808 parameters, trained and stored")
+    p, N = 20 * 768, 124_439_808
+    print(f"GPT-2: {p:,} of {N:,} parameters, {p / N:.3%}; for training {12 * p:,} bytes more, not {12 * N:,}")

@@ -1,31 +1,48 @@
 # SPDX-License-Identifier: MIT
-"""QLoRA: LoRA over a base whose linear weights are kept in 4 bits.
+"""QLoRA: LoRA over a frozen base whose linear weights are stored in 4 bits.
 
-    y = x Ŵᵀ + b + s · dropout(x) Aᵀ Bᵀ          Ŵ = decode(q, scales): NF4 or int8, see quant.py
-    dx = dy Ŵ + s · dy B A                       Ŵ is decoded a second time, and never kept
+    y = x Ŵᵀ + b + s · dropout(x) Aᵀ Bᵀ           Ŵ = dequantize(q, scales):  NF4 or int8, see quant.py
+    dx = dy Ŵ + s · dy B A                         Ŵ is computed again in backward, and never kept
 
-Dimensions: x (..., in), y (..., out); A (r, in) and B (out, r) trained, in fp32; q and its scales stand for W (out, in)
-and are frozen like b and the whole rest. Embeddings, norms, biases and the head keep their type.
+    x (..., in) ──┬── dequantize(q, scales) = Ŵ (out, in), b ──(+)── y (..., out)     q: 4 bits a weight, frozen
+                  └── dropout ── A (r, in) ── s ── B (out, r) ──┘                     A, B: fp32, trained
 
-Is that "just training in higher precision"? No: a storage type and a compute type are two things. W is stored in 4 bits
-and what was rounded off is gone; for the time of one product it is decoded into the type of x, bf16 as a rule, because
-no processor multiplies NF4. A and B learn on top of Ŵ, and can make up for part of what is missing.
+The linear layers that LoRA is put on are quantized, by default all but the head. Embeddings, norms, biases and the head
+keep their 16 bits. The paper's three parts: NF4, double quantization (the scales in 8 bits too) and paged optimizers.
 
-What it costs: 4.127 bits for each quantized weight instead of 16, and two decodings in each step. Activations,
-gradients and Adam's state are LoRA's, and the embeddings stay. So a small model gains less: a step of GPT-2 124M on
-128 tokens needs 192 MB, with LoRA 318, and 79 of each are the embeddings. 65 billion weights shrink from 130 GB to 34.
+Does it compute in 4 bits? No: 4 bits are the storage type. For each product Ŵ is dequantized into the compute type, the
+type of x, and freed afterwards. NF4 is a table of 16 values that no processor can multiply. The compute type is bf16:
+fp32 would be slower and double the activations, and fp16 has a smaller range and can overflow.
 
-Why not merge into 4 bits: an update is far smaller than the gaps between the codes. On weights of deviation 0.02, an
-update of rank 16 and RMS 0.001 merged and quantized again is missed by an RMS of 0.00102: 1.02 times the update, so
-that nothing is left of it (0.37 times for an RMS of 0.005). merge_qlora gives a 16- or 32-bit model instead. It is Ŵ
-that A and B were trained on: merged into the original W they are a little off.
+Is it just a higher precision during training? No. What rounding to 4 bits took away is gone: training sees Ŵ, not W.
+A and B are trained on top of Ŵ and can make up for part of the error.
 
-Paged optimizers, also in the paper, keep Adam's state in CUDA's unified memory, from where the driver moves it out to
-the host while a long batch needs the room. That rides out a peak and does not lower the steady need; without CUDA there
-is nothing to page. They are not here: beside LoRA the state is small, 8 bytes for each trained number.
+Can W itself be trained in 4 bits? No. Rounding has a zero gradient almost everywhere, and a usual step is far smaller
+than the gap between two codes. It would need a copy of W in full precision, the memory that QLoRA saves.
 
-Beside its sisters: lora.py is the same over a base in 16 or 32 bits, and its verbs, lora_state_dict,
-load_lora_state_dict, lora_config, lora_disabled and remove_lora, work here unchanged; the files are the same too.
+What it costs: 4.127 bits for each quantized weight instead of 16, and two dequantizations per layer and step (three
+with activation checkpointing). Gradients, Adam's state and activations are LoRA's.
+
+Example: 7 billion weights take 3.6 GB instead of 14, and 65 billion 33.5 GB instead of 130. Full fine-tuning with Adam
+takes 16 bytes each: 112 GB and 1,040 GB. QLoRA trains 65B on one GPU of 48 GB (the paper). A small model gains less:
+GPT-2's weights shrink from 249 to 123 MB, 79 MB of which are embeddings, norms and biases.
+
+Typical values (the paper and its code): NF4 with double quantization, bf16, all linear layers, r = 64, α = 16, dropout
+0.1 up to 13B and 0.05 above, constant learning rate 2e-4 (1e-4 from 33B on), gradient norm clipped at 0.3.
+
+Pitfalls:
+  * Do not merge into 4 bits. An update is far smaller than the gap between two codes. On NF4 weights of deviation 0.02,
+    a rank-16 update of RMS 1e-3, merged and quantized again, has an error of 1.03 times its size: worse than dropping
+    it (1.0). 28 % of it arrives, buried in noise (cosine 0.35). merge_qlora gives a 16- or 32-bit model instead.
+  * A and B fit Ŵ. Merged into the original W, which they never saw, they are a little off.
+  * Cast and move the model before add_qlora: model.to(torch.bfloat16) afterwards would cast A, B and the scales.
+
+Paged optimizers keep Adam's state in CUDA's unified memory, so that the driver can move it to the host during a peak.
+They do not lower the steady need, and are not here: beside LoRA the state is small, 8 bytes for each trained number.
+
+Compared with related methods: LoRA keeps W in 16 or 32 bits; its functions lora_state_dict, load_lora_state_dict,
+lora_config, lora_disabled and remove_lora serve QLoRA too, with the same files. GPTQ and AWQ quantize after training
+(PTQ), with sample data, for inference; QAT rounds during training. The whole family in one table: nanopeft/__init__.py.
 
 Paper: QLoRA, arXiv 2305.14314, eq. 5 and 6.
 """
@@ -45,79 +62,95 @@ class Error(ValueError):
     """Wrong use of QLoRA; the message says what would be right."""
 
 
-# --------------------------------------------------------------------------------------------------------------- layer
-
-
-class DecodedLinear(torch.autograd.Function):
-    """x Ŵᵀ + b. Autograd's own F.linear would hold on to Ŵ until backward; here the layer is what is remembered."""
+class DequantizeLinear(torch.autograd.Function):
+    """x Ŵᵀ + b. Autograd would keep Ŵ for backward; this keeps the quantized layer and computes Ŵ again."""
 
     @staticmethod
     def forward(ctx, x, bias, layer):
         ctx.layer = layer
-        return F.linear(x, layer.decode(x.dtype), bias)
+        return F.linear(x, layer.dequantize(x.dtype), bias)  # (..., in) -> (..., out)
 
     @staticmethod
     def backward(ctx, dy):
-        # dx = dy Ŵ,  db = the sum of dy over all rows
-        dx = dy @ ctx.layer.decode(dy.dtype) if ctx.needs_input_grad[0] else None
+        # dx = dy Ŵ,  db = the sum of dy over all rows;  W is frozen: no dW
+        dx = dy @ ctx.layer.dequantize(dy.dtype) if ctx.needs_input_grad[0] else None
         db = dy.reshape(-1, dy.size(-1)).sum(0) if ctx.needs_input_grad[1] else None
         return dx, db, None
 
 
 class QuantizedLinear(nn.Linear):
-    """Stands in for an nn.Linear or a Hugging Face Conv1D. `weight` is what is stored: bytes, and no parameter."""
+    """An nn.Linear, or a Hugging Face Conv1D, with its weight quantized. `weight` holds the stored bytes."""
 
-    def __init__(self, layer, kind, double_quant):
+    def __init__(self, layer, quant_type, double_quant):
         nn.Module.__init__(self)  # nn.Linear's own would make a weight
-        is_conv1d = type(layer).__name__ == "Conv1D"
-        weight = layer.weight.detach().t() if is_conv1d else layer.weight.detach()
+        weight = layer.weight.detach() if isinstance(layer, nn.Linear) else layer.weight.detach().t()  # (out, in)
         self.out_features, self.in_features = weight.shape
-        self.kind, self.double_quant, self.came_in = kind, double_quant, weight.dtype
+        self.quant_type, self.double_quant, self.original_dtype = quant_type, double_quant, weight.dtype
         self.bias = layer.bias
-        if kind == "int8":
-            stored, scale = quant.quantize_int8(weight)
-        else:
-            stored, scale = quant.quantize_nf4(weight)
+        stored, scale = quant.quantize_int8(weight) if quant_type == "int8" else quant.quantize_nf4(weight)
         self.register_buffer("weight", stored)
-        if kind == "nf4" and double_quant:
+        if quant_type == "nf4" and double_quant:
             scale, scale2, mean = quant.quantize_scales(scale)
             self.register_buffer("scale2", scale2)
             self.register_buffer("mean", mean)
         self.register_buffer("scale", scale)
-        # The layer itself waits for merge_qlora, without its weight: hidden from Module, which would list it
+        # The layer, without its weight, is kept for merge_qlora; in __dict__, so that it is not listed as a submodule
         layer.weight = None
-        self.__dict__["emptied"] = layer
+        self.__dict__["original_layer"] = layer
 
-    def decode(self, dtype):
+    def dequantize(self, dtype):
         """Ŵ (out, in)."""
-        if self.kind == "int8":
+        if self.quant_type == "int8":
             return quant.dequantize_int8(self.weight, self.scale, dtype=dtype)
-        scale = self.scale
-        if self.double_quant:
-            scale = quant.dequantize_scales(scale, self.scale2, self.mean)
-        return quant.dequantize_nf4(self.weight, scale, (self.out_features, self.in_features), dtype)
+        scale = quant.dequantize_scales(self.scale, self.scale2, self.mean) if self.double_quant else self.scale
+        return quant.dequantize_nf4(self.weight, scale, (self.out_features, self.in_features), dtype=dtype)
 
     def forward(self, x):
-        return DecodedLinear.apply(x, self.bias, self)
+        return DequantizeLinear.apply(x, self.bias, self)
 
     def extra_repr(self):
-        return f"{super().extra_repr()}, {self.kind}"
+        return f"{super().extra_repr()}, {self.quant_type}"
 
 
-# --------------------------------------------------------------------------------------------------------------- verbs
+# ----------------------------------------------------------------------------------------------------------------- use
 
 
-def add_qlora(model, targets="all-linear", *, quant="nf4", double_quant=True, **arguments):
-    """add_lora, and the linear layers that it wraps are quantized. Returns the model.
+def add_qlora(model, targets="all-linear", *, quant_type="nf4", double_quant=True, **lora_arguments):
+    """add_lora, with the linear layers that it wraps quantized. Wrong use: Error or lora.Error, and nothing changes.
 
-    quant: "nf4", in blocks of 64, or "int8", a scale per row. double_quant: NF4's scales in 8 bits as well.
+    quant_type: "nf4", in blocks of 64, or "int8", with a scale per row. double_quant: NF4's scales in 8 bits too.
     targets and the other arguments are add_lora's. An embedding or the head, if named, has LoRA and is not quantized.
     One layer after the other: at its peak the memory holds the model and one layer more.
-    Cast and move the model before: model.to(torch.bfloat16) afterwards would cast A, B and the scales.
-    Raises Error (or lora.Error), with the model untouched, if there is nothing to quantize or LoRA is there already.
     """
-    if quant not in ("nf4", "int8"):
-        raise Error(f"quant must be nf4 or int8, not {quant!r}")
+    layers = quantizable(model, targets, quant_type)
+    lora.add_lora(model, targets, **lora_arguments)
+    for name, wrapper in lora.lora_layers(model).items():
+        if name in layers:
+            wrapper.base_layer = QuantizedLinear(layers[name], quant_type, double_quant)
+    return model
+
+
+@torch.no_grad()
+def merge_qlora(model, dtype=None):
+    """Dequantizes the layers, into their original dtype or `dtype`, and merges the update: lora.remove_lora comes next.
+
+    If lora.merge_lora refuses (LoRA on a tied head, or inside lora_disabled), all is dequantized and nothing merged.
+    """
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]:
+        weight, original = layer.dequantize(dtype or layer.original_dtype), layer.original_layer
+        weight = weight if isinstance(original, nn.Linear) else weight.t().contiguous()
+        original.weight = nn.Parameter(weight, requires_grad=False)
+        lora.replace(model, name, original)
+    return lora.merge_lora(model)
+
+
+# ------------------------------------------------------------------------------------------------------------ plumbing
+
+
+def quantizable(model, targets, quant_type):
+    """{name: layer} of the target layers that can be quantized; Error if there are none, or one that cannot be."""
+    if quant_type not in ("nf4", "int8"):
+        raise Error(f"quant_type must be nf4 or int8, not {quant_type!r}")
     if lora.lora_layers(model):
         raise Error("the model has LoRA already: lora.remove_lora(model) first")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -132,54 +165,26 @@ def add_qlora(model, targets="all-linear", *, quant="nf4", double_quant=True, **
             raise Error(f"{name} has a weight in {layer.weight.dtype}; fp32, fp16 or bf16 can be quantized")
         if not torch.stack(layer.weight.aminmax()).isfinite().all():  # isfinite on all of it would copy it twice
             raise Error(f"{name} has inf or NaN in its weight, which cannot be quantized")
-    lora.add_lora(model, targets, **arguments)
-    for name, wrapper in lora.lora_layers(model).items():
-        if name in layers:
-            wrapper.base_layer = QuantizedLinear(layers[name], quant, double_quant)
-    return model
-
-
-@torch.no_grad()
-def merge_qlora(model, dtype=None):
-    """Puts the layers back with decoded weights, in the type that they came in or in `dtype`, and merges the update.
-
-    What is left is a model with LoRA merged into 16 or 32 bits: lora.remove_lora(model) then gives the plain one. If
-    lora.merge_lora refuses (LoRA on a tied head, or inside lora_disabled), all is decoded and nothing merged.
-    """
-    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]:
-        weight, original = layer.decode(dtype or layer.came_in), layer.emptied
-        is_conv1d = type(original).__name__ == "Conv1D"
-        original.weight = nn.Parameter(weight.t().contiguous() if is_conv1d else weight, requires_grad=False)
-        lora.replace(model, name, original)
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, lora.LoRALinear):
-            parent.is_conv1d = is_conv1d
-    return lora.merge_lora(model)
+    return layers
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    d = 256
+    d, x = 256, torch.randn(8, 256, dtype=torch.bfloat16)
     model = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, d)).to(torch.bfloat16)
-    for layer in (model[0], model[2]):
-        nn.init.normal_(layer.weight, std=0.02)
-    x = torch.randn(8, d, dtype=torch.bfloat16)
-    before = model(x)
-    add_qlora(model, r=8)
-    stored = [t for layer in (model[0], model[2]) for t in layer.base_layer.buffers()]
-    bits = 8 * sum(t.numel() * t.element_size() for t in stored) / (2 * d * d)
-    print(f"stored: {bits:.3f} bits per weight; decoded: {model[0].base_layer.decode(x.dtype).dtype}")
-    print(f"what 4 bits cost the output: {(model(x) - before).float().norm() / before.float().norm():.3f} of its norm")
+    nn.init.normal_(model[0].weight, std=0.02)
+    base = add_qlora(model, r=8)[0].base_layer
+    bits = 8 * sum(t.numel() * t.element_size() for t in base.buffers()) / (d * d)
+    print(f"storage: {bits:.3f} bits per weight; compute: {base.dequantize(x.dtype).dtype}")
     model(x).float().square().sum().backward()
     print(f"trained: {[name for name, p in model.named_parameters() if p.grad is not None]}")
+    W = base.dequantize(torch.float32)
     for size in (1e-4, 1e-3, 5e-3):
-        W = model[0].base_layer.decode(torch.float32)
-        update = size * torch.randn(d, d)
-        again = quant.dequantize_nf4(*quant.quantize_nf4(W + update), W.shape)
-        lost = (again - W - update).square().mean().sqrt() / size
-        print(f"an update of RMS {size:.0e} merged into 4 bits: the error is {lost:.2f} times the update")
-    for layer in lora.lora_layers(model).values():
-        nn.init.normal_(layer.lora_B)
+        update = size * torch.randn(d, 16) @ torch.randn(16, d) / 4  # of rank 16
+        change = quant.dequantize_nf4(*quant.quantize_nf4(W + update), W.shape) - W
+        error, left = (change - update).norm() / update.norm(), (change * update).sum() / update.square().sum()
+        print(f"an update of RMS {size:.0e} merged into 4 bits: error {error:.2f} times the update, {left:.0%} left")
+    nn.init.normal_(model[2].lora_B)
     y = model(x)
     difference = (merge_qlora(model, torch.bfloat16)(x) - y).float().norm() / y.float().norm()
     print(f"merged into bf16: {difference:.4f} of the output's norm, bf16's rounding")

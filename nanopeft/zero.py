@@ -1,55 +1,379 @@
 # SPDX-License-Identifier: MIT
-"""ZeRO: N ranks train one model on N shares of the batch, and each keeps a part of what plain copies keep N times.
+"""ZeRO: data parallelism that shards what each rank would otherwise hold in full.
 
-    bytes on each of N ranks, for Ψ trained parameters in 16 bits, K = 12:                    7B on 8      N → ∞
-    stage 0   2Ψ  +  2Ψ  +  KΨ       nothing is sharded: data parallelism                     112   GB      16Ψ
-    stage 1   2Ψ  +  2Ψ  +  KΨ/N     the optimizer's state                                     38.5  GB      4Ψ
-    stage 2   2Ψ  + (2Ψ  +  KΨ)/N    and the gradients                                         26.25 GB      2Ψ
-    stage 3  (2Ψ  +  2Ψ  +  KΨ)/N    and the parameters                                        14    GB       0
+In data parallelism (DDP) each of N ranks has its share of the batch, and all parameters, gradients and optimizer state.
+Gradients are summed over ranks and every rank makes the same update, so N - 1 of the N copies are redundant. ZeRO (Zero
+Redundancy Optimizer) lets rank r keep only the r-th part, its shard; collectives bring the rest when it is needed.
 
-Where 16 bytes come from: parameter 2 + gradient 2 + fp32 master copy, m and v of Adam 4 + 4 + 4. In an fp32 run the
-parameter is its own master copy: 4 + 4 + (4 + 4). Activations come on top, and are not what ZeRO divides.
+Ψ is the number of parameters. Each takes 16 bytes: parameter 2 + gradient 2 + K = 12, the optimizer state: fp32 master
+copy 4 + Adam's m 4 and v 4. (In an fp32 run: parameter 4, which is its own master, + gradient 4 + m 4 + v 4.)
 
-What a rank sends in a step, in elements, each times (N - 1)/N; with M micro-batches stage 2 (M + 1)Ψ, stage 3 3MΨ:
-    stage 0   2Ψ   all-reduce of the gradients, which is a reduce-scatter (Ψ) and an all-gather (Ψ)
-    stage 1   2Ψ   reduce-scatter: each rank gets the sum of its shard; Adam there; all-gather of the new parameters
-    stage 2   2Ψ   the same, but the gradients leave bucket by bucket while backward goes on
-    stage 3   3Ψ   each block's parameters all-gathered before its forward and again before its backward; reduce-scatter
+    stage  shards             bytes on each rank   7B on 8   N → ∞   elements sent in a step, times (N - 1)/N
+    0      nothing            2Ψ +  2Ψ + KΨ       112   GB    16Ψ    2Ψ  all-reduce gradients
+    1      optimizer state    2Ψ +  2Ψ + KΨ/N      38.5  GB    4Ψ    2Ψ  reduce-scatter gradients, all-gather parameters
+    2      and gradients      2Ψ + (2Ψ + KΨ)/N     26.25 GB    2Ψ    2Ψ  the same, the first in backward, in buckets
+    3      and parameters    (2Ψ +  2Ψ + KΨ)/N     14    GB     0    3Ψ  all-gather parameters twice, reduce-scatter
 
-Memory falls with the stage, and speed with offload and in stage 3. The usual orders are, fastest first: stage 0, 1, 2,
-2 + offload, 3, 3 + offload; least memory on the device first: 3 + offload, 3, 2 + offload, 2, 1, 0. They are no laws:
-stages 0 to 2 send the same, 1 and 2 update less on each rank, and stage 2 + offload keeps 2Ψ + 2Ψ/N, less than stage 3
-on fewer than 7 ranks.
-Offload keeps K on the host ("cpu"), where the update is done too, or in a mapped file ("disk", as in ZeRO-Infinity).
+The peak is higher: by the activations, which stages 1 to 3 do not shard (ZeRO-R, in the same paper, can), by up to
+three buckets of gradients in stages 2 and 3, and in stage 3 by three gathered units, with all their parameters.
 
-Dimensions: Ψ parameters, N ranks. A flat holds parameters of one unit (a block; or the root: all that is in no block)
-end to end, with zeros up to a multiple of N; rank r owns its r-th part (shard), whatever parameter that cuts through.
-Stages 1, 2 and 3 have one layout and, with one micro-batch in a step, one order of sums: they give the same bits.
-Sharding is blind to where a parameter ends, so the optimizer must be element-wise: Adam and SGD are, Muon is not.
+Stages 1 and 2 send no more than data parallelism. An all-reduce is a reduce-scatter (each rank gets the sum of its
+shard: Ψ) and an all-gather (Ψ). ZeRO updates in between, and gathers parameters, not gradients. Stage 3 frees them
+after forward, so it gathers twice. 7B on 8 in 16 bits: a rank sends 24.5 GB in a step (1.0 s at 25 GB/s), in stage 3
+36.75 GB (1.5 s). A gather hides behind the block before if that computes for longer: 2 FLOPs per parameter and token
+against 2 bytes per parameter. So a rank's forward needs more tokens than FLOP/s per byte/s: 400e12 / 25e9 = 16,000.
 
-Beside it: tensor parallelism divides the products themselves, and pipelines the layers; ZeRO divides only what is kept,
-and each rank still computes the whole model on its share of the data.
+A unit is a block, or the root, unit 0: what is in no block (embeddings, head). Its parameters, end to end, make flat
+parameters of at most BUCKET elements (or one larger parameter), and each is cut into N shards wherever the cuts fall.
+1M elements take 0.08 ms at 25 GB/s, longer than a message takes to start; few of them in flight take little memory.
 
-Papers: ZeRO, arXiv 1910.02054; ZeRO-Offload, arXiv 2101.06840; ZeRO-Infinity, arXiv 2104.07857.
+    [ ln.weight | attn.weight           | mlp.weight              | 0 ]    full (N · shard,), padded with zeros
+    [     rank 0     |     rank 1      |     rank 2     |    rank 3   ]    each rank: shard, grad, master, m, v (shard,)
+
+Timeline of blocks 1 to 3 and the root, which computes first (embedding) and last (head). F forward, B backward, U
+update, AG all-gather of a unit's parameters, one block ahead, RS reduce-scatter of gradients, full: units not sharded:
+
+    stage 2   compute  F0    F1    F2    F3    F0    B0    B3    B2    B1    B0          U
+              network                                            RS3   RS2   RS1   RS0      AG0 AG1 AG2 AG3
+    stage 3   compute        F0    F1    F2    F3    F0          B0    B3    B2    B1    B0          U
+              network  AG0   AG1   AG2   AG3               AG0   AG3   AG2   AG1
+              network                                                        RS3   RS2   RS1   RS0
+              full     01    01    012   023   03    0     03    03    023   012   01    01
+
+Relatives. DDP is stage 0. FSDP is stage 3, module by module; its SHARD_GRAD_OP is near stage 2, but shards parameters
+too between steps. Tensor parallelism splits matrix products and sends activations in each layer, so it needs the fast
+links inside a node; with ZeRO each rank computes whole layers on its own data. Pipeline parallelism splits the layers,
+sends little, waits. It goes with stage 1: its many micro-batches cost a reduce-scatter each in 2, two all-gathers in 3.
+
+Gradient accumulation over M micro-batches: stages 0 and 1 send gradients once. Stage 2 cannot keep whole gradients: it
+sends (M + 1)Ψ; stage 3 sends 3MΨ. The optimizer must be element-wise (Adam, SGD), since a shard can begin or end inside
+a matrix; Muon, LAMB and Adafactor need whole ones. Frozen parameters take 2Ψ, which only stage 3 shards.
+Offload keeps K in host memory ("cpu"), where the update then runs, or in a mapped file ("disk"; ZeRO-Infinity also
+moves parameters there). Stage 2 + offload keeps 2Ψ + 2Ψ/N on the device: less than stage 3 on fewer than 7 ranks.
+
+What to take: the lowest stage that fits. With 64 of 80 GB on each of 8 GPUs for these states: 4.0B parameters in stage
+0, 11.6B in 1, 17.1B in 2, 32B in 3. Usual order of speed: 0, 1, 2, 2 + offload, 3, 3 + offload. ZeRO helps little if
+activations fill the memory (recompute them), if the model is small, or, in stage 3, if links are slow.
+
+Pitfalls
+* Divide the loss by the labelled tokens of the step on all ranks (all_sum): a mean of ranks' means is another loss.
+* Clip with step(clip=1.0): the norm is over all ranks. clip_grad_norm_ would see one rank's part.
+* Call engine.backward(loss), not loss.backward(), and the same calls on all ranks, or one waits for the others forever.
+* Make the engine after adapters are added and parameters frozen. In stage 3 parameters have no elements outside forward
+  and backward of the model itself: save, merge and generate inside whole().
+* Stages 1, 2 and 3 give the same bits (with one micro-batch in a step); another N, or stage 0, sums in another order.
+
+Papers: ZeRO, arXiv 1910.02054, sections 5 and 7; ZeRO-Offload, 2101.06840; ZeRO-Infinity, 2104.07857; FSDP, 2304.11277.
+The whole family in one table: nanopeft/__init__.py
 """
 
-import math
 import tempfile
 import weakref
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 
-BUCKET = 1 << 20  # elements in a flat, unless one parameter has more; gradients leave flat by flat
+BUCKET = 1 << 20  # elements in a flat parameter, unless one parameter alone has more
 
 
 class Error(ValueError):
     """Wrong use of ZeRO; the message says what would be right."""
 
 
-# ------------------------------------------------------------------------------------------------------------ formulas
+# ---------------------------------------------------------------------------------- what each stage keeps and sends
+
+
+def zero_bytes(n_params, world, stage, *, param_bytes=2, grad_bytes=2, k=12, offload=None):
+    """Bytes that each rank keeps between backward and step; those under "offloaded" are not on the device.
+    k: bytes of optimizer state for a parameter, 12 with Adam, or 8 in fp32. Frozen parameters: grad_bytes=0, k=0."""
+    check(stage, offload)
+    shard = -(-n_params // world)  # rounded up: the last rank's is padded
+    parameters, gradients, state = (shard if stage >= first else n_params for first in (3, 2, 1))
+    kept = {"parameters": param_bytes * parameters, "gradients": grad_bytes * gradients}
+    return kept | {"optimizer": 0 if offload else k * state, "offloaded": k * state if offload else 0}
+
+
+def zero_traffic(n_params, world, stage, *, micro_batches=1, frozen=0):
+    """Elements that each rank sends in a step, by collective."""
+    check(stage, None)
+    sent, sent_frozen = (-(-n // world) * (world - 1) for n in (n_params, frozen))  # (N - 1)/N · Ψ
+    if stage == 0:
+        return {"all_reduce": 2 * sent}
+    times = micro_batches if stage >= 2 else 1
+    return {"reduce_scatter": times * sent, "all_gather": 2 * times * (sent + sent_frozen) if stage == 3 else sent}
+
+
+# --------------------------------------------------------------------------------------------------- flat parameter
+
+
+class FlatParameter:
+    """Parameters of one unit end to end in one tensor, and this rank's shard of it.
+
+    full (N · shard,): all values; the model's parameters are views of it.
+    shard (shard,): this rank's part of full; in stage 3 a tensor of its own.
+    master (shard,): what the optimizer updates, in fp32; the shard itself if that is fp32 and stays on the device.
+    grad (shard,): p.grad of each parameter → flatten_grads → bucket (N · shard,) → reduce_scatter → grad → step → None
+    States of the parameters in stage 3 (in the other stages they are always unsharded):
+        sharded     full has no memory, the parameters have no elements. unshard() starts the all-gather.
+        in flight   full is being filled. The parameters are still empty, so nobody can read them too early. wait()
+        unsharded   forward or backward of the unit uses the parameters. reshard() frees full.
+    """
+
+    def __init__(self, unit, group, names, stage, offload):
+        self.unit, self.group, self.stage = unit, group, stage
+        self.params, self.names, self.shapes = [*names], [*names.values()], [p.shape for p in names]
+        self.world, self.rank = (1, 0) if stage == 0 else (dist.get_world_size(), dist.get_rank())
+        self.size = -(-sum(p.numel() for p in self.params) // self.world)  # rounded up
+        self.full = self.flatten([p.detach() for p in self.params])
+        broadcast(self.full)
+        self.shard = self.full.split(self.size)[self.rank]  # (shard,)
+        self.grad, self.is_unsharded, self.keep_unsharded = None, False, False
+        self.in_flight = []  # no messages to wait for: wait() only makes the parameters views of full
+        self.wait()
+        if stage == 3:
+            self.shard = self.shard.clone()
+            self.reshard()
+        if group is not None:
+            device, dtype = "cpu" if offload else self.full.device, torch.promote_types(self.full.dtype, torch.float32)
+            master = self.shard.to(device, dtype, copy=bool(offload))
+            self.master = torch.nn.Parameter(mapped(master) if offload == "disk" else master)
+
+    def flatten(self, tensors):
+        """Tensors of the parameters' shapes end to end, and zeros up to N · shard."""
+        padding = tensors[0].new_zeros(self.world * self.size - sum(x.numel() for x in tensors))
+        return torch.cat([*(x.flatten() for x in tensors), padding])  # (N · shard,)
+
+    def unflatten(self, full):
+        """The reverse, as views of full."""
+        sizes = [shape.numel() for shape in self.shapes]
+        return [part.view(shape) for part, shape in zip(full[: sum(sizes)].split(sizes), self.shapes)]
+
+    def flatten_grads(self):
+        """The bucket: the parameters' gradients end to end; they are freed."""
+        zeros, pairs = self.full.new_zeros, zip(self.params, self.shapes)  # a resharded p has lost its shape
+        bucket = self.flatten([zeros(shape) if p.grad is None else p.grad for p, shape in pairs])
+        for p in self.params:
+            p.grad = None
+        return bucket
+
+    def unshard(self):
+        """Starts the all-gather of the parameters."""
+        if not self.is_unsharded and self.in_flight is None:
+            # Only the memory behind full comes and goes, so what autograd saved in forward is filled again as well
+            self.full.untyped_storage().resize_(self.full.nbytes)
+            self.in_flight = all_gather(self.full, self.shard)
+
+    def wait(self):
+        """Waits for the all-gather in flight; only then the parameters become readable."""
+        if self.in_flight is not None:
+            for work in self.in_flight:
+                work.wait()
+            self.in_flight, self.is_unsharded = None, True
+            for p, view in zip(self.params, self.unflatten(self.full)):
+                p.data = view
+
+    def reshard(self):
+        """Stage 3: frees all but the shard. A parameter without elements fails where it is used."""
+        self.wait()
+        if self.stage == 3 and self.is_unsharded and not self.keep_unsharded:
+            self.is_unsharded = False
+            for p in self.params:
+                p.data = self.full.new_empty(0)
+            self.full.untyped_storage().resize_(0)
+
+    def all_gather_params(self):
+        """After the update: shard = master, rounded to 16 bits. Stages 1 and 2 start to send it to all ranks."""
+        if self.master.data_ptr() != self.shard.data_ptr():  # in fp32 they are one
+            self.shard.copy_(self.master)
+        if self.stage in (1, 2):
+            self.in_flight = all_gather(self.full, self.shard)
+
+
+# ----------------------------------------------------------------------------------------------------------- engine
+
+
+class ZeRO:
+    """Shards a model's training over all ranks. The model is called as before.
+
+        engine = ZeRO(model, torch.optim.AdamW, blocks=model.transformer.h, stage=2, lr=1e-3)
+        total = all_sum(tokens)  # labelled, in all of this rank's micro-batches of the step
+        for ids, labels, n in micro_batches:  # n of them labelled; loss is their mean
+            engine.backward(model(ids, labels=labels).loss * n / total)
+        engine.step(clip=1.0)
+    optimizer: a class; settings are its arguments. params: as an optimizer takes them; by default all that are trained.
+    blocks: modules of the model that run one after the other, once each in a forward. Rank 0's parameters are taken.
+    """
+
+    def __init__(self, model, optimizer, params=None, *, blocks, stage, offload=None, **settings):
+        check(stage, offload)
+        if not (dist.is_available() and dist.is_initialized()):
+            raise Error("no process group: start with torchrun --nproc_per_node N, and call init_process_group first")
+        self.model, self.stage, self.offload, blocks = model, stage, offload, list(blocks)
+        groups = list(params) if params is not None else [p for p in model.parameters() if p.requires_grad]
+        groups = groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
+        self.flat_params = [FlatParameter(*part, stage, offload) for part in partition(model, blocks, groups, stage)]
+        for x in [*model.buffers(), *(p.data for p in model.parameters() if not p.requires_grad and stage < 3)]:
+            broadcast(x)
+        self.units = [[flat for flat in self.flat_params if flat.unit == i] for i in range(len(blocks) + 1)]
+        self.trained = [flat for flat in reversed(self.flat_params) if flat.group is not None]  # in order of backward
+        masters = [[flat.master for flat in self.trained if flat.group == i] for i in range(len(groups))]
+        self.optimizer = optimizer([{**group, "params": m} for group, m in zip(groups, masters)], **settings)
+        self.queue, self.in_flight, self.in_backward = [], None, False
+        me = weakref.proxy(self)  # hooks must not keep the engine alive
+        for p in [p for flat in self.trained for p in flat.params] if stage >= 2 else []:
+            p.register_post_accumulate_grad_hook(lambda p: me.grad_ready())
+        for i, module in enumerate([model, *blocks] if stage == 3 else []):
+            module.register_forward_pre_hook(lambda *_, i=i: me.before_unit(i))
+            module.register_forward_hook(lambda module, args, output, i=i: me.after_forward(i, output))
+
+    def backward(self, loss):
+        """Backward of this rank's part of the loss. Parts are summed over ranks and over the calls before a step."""
+        self.queue, self.in_backward = list(self.trained), True
+        self.before_unit(0)
+        loss.backward()
+        if self.stage >= 2:
+            for flat in self.trained:  # a parameter was not used, or got a second gradient after its bucket had left
+                if flat in self.queue or any(p.grad is not None for p in flat.params):
+                    self.reduce_scatter(flat)
+            self.wait_and_accumulate()
+            self.queue = []
+        self.in_backward = False
+        for flat in self.flat_params:
+            flat.reshard()
+
+    def grad_ready(self):
+        """Stages 2 and 3: autograd calls this after each parameter's gradient. Full buckets leave during backward."""
+        while self.queue and all(p.grad is not None for p in self.queue[0].params):
+            self.reduce_scatter(self.queue.pop(0))
+
+    def reduce_scatter(self, flat):
+        """Sends a bucket, after the one before has arrived. All ranks send them in one order, that of the queue."""
+        self.wait_and_accumulate()
+        self.in_flight = flat, *reduce_scatter(flat.flatten_grads(), flat.size)
+
+    def wait_and_accumulate(self):
+        """Waits for the bucket in flight and adds this rank's part of it to the gradient of the shard."""
+        if self.in_flight:
+            flat, work, received = self.in_flight
+            work.wait()
+            work = self.in_flight = None  # they hold the bucket
+            first, *others = received.view(-1, flat.size)  # (N, shard), or (1, shard) if it is the sum already
+            grad = sum(others, first.to(flat.master.dtype)).to(first.dtype)  # on gloo: in fp32, rounded once
+            flat.grad = grad if flat.grad is None else flat.grad.add_(grad)  # micro-batches: in the gradient's dtype
+
+    @torch.no_grad()
+    def step(self, clip=None, loss_scale=1.0):
+        """One update; returns the norm of the gradient over all ranks. If that is not finite, no rank updates anything.
+        clip: the largest norm. loss_scale: what the loss was multiplied by before backward, as fp16 needs it."""
+        if not self.queue and self.trained[0].grad is None:
+            raise Error("step() without gradients: call engine.backward(loss), not loss.backward(), before each step")
+        while self.queue:  # stages 0 and 1: once for all micro-batches
+            self.reduce_scatter(self.queue.pop(0))
+        self.wait_and_accumulate()
+        # ‖g‖² = Σ over ranks of ‖shard of g‖²: an inf or NaN on one rank is one on all ranks. In fp64, because torch's
+        # fp32 norm on a CPU is 2.7e-3 too low at 38.6M elements, and in pieces, because a whole fp64 copy takes memory
+        pieces = [piece for flat in self.trained for piece in flat.grad.split(1 << 18)]
+        square = torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]).square().sum()
+        if self.stage > 0:
+            dist.all_reduce(square)
+        norm = square.sqrt().item() / loss_scale
+        factor = (1.0 if clip is None else min(1.0, clip / (norm + 1e-6))) / loss_scale
+        for flat in self.trained if square.isfinite() else ():
+            flat.master.grad, flat.grad = flat.grad.to(flat.master.device, flat.master.dtype).mul_(factor), None
+            self.optimizer.step()  # it passes over the other masters, which have no gradient
+            flat.master.grad = None  # fp32 gradients are there for one flat parameter at a time
+            if self.offload == "disk":
+                state = self.optimizer.state[flat.master]  # made by the optimizer's first step
+                state.update({key: mapped(x) for key, x in state.items() if torch.is_tensor(x) and x.dim()})
+            flat.all_gather_params()
+        for flat in self.trained:
+            flat.wait()
+            flat.grad = None
+        return norm
+
+    def before_unit(self, i):
+        """Stage 3: unit i is about to compute, in forward or backward. Unshard it, prefetch the next, wait for it."""
+        # Forward goes 0, 1, ..., L. Backward begins with the head, so it goes 0, L, ..., 1
+        following = (i - 1 if self.in_backward else i + 1) % len(self.units)
+        for flat in self.units[i] + self.units[following]:  # unit i itself has mostly been prefetched
+            flat.unshard()
+        for flat in self.units[i]:
+            flat.wait()
+
+    def after_forward(self, i, output):
+        """Frees unit i, and has it unsharded again when backward brings the gradient of its output."""
+        if not self.in_backward:  # there, a forward recomputes activations, and backward of the unit follows
+            for flat in self.units[i] if i > 0 else self.flat_params:
+                flat.reshard()
+        for x in output if isinstance(output, (tuple, list)) else [output]:
+            if isinstance(x, torch.Tensor) and x.requires_grad:
+                x.register_hook(lambda grad: self.before_backward(i))
+
+    def before_backward(self, i):
+        if not (self.in_backward or all(flat.is_unsharded for flat in self.flat_params)):
+            raise Error("call engine.backward(loss), not loss.backward(): the parameters are sharded")
+        # Backward goes L, ..., 1: units above i are done. But i = 0 is the head, before them all: L is being prefetched
+        for flat in [flat for flat in self.flat_params if flat.unit > i > 0]:
+            flat.reshard()
+        self.before_unit(i)
+
+    @contextmanager
+    def whole(self):
+        """Inside this `with`, which all ranks enter, each can use the model alone: to generate, or to save it."""
+        for flat in self.flat_params:
+            flat.unshard()
+            flat.wait()
+            flat.keep_unsharded = True
+        try:
+            yield self.model
+        finally:
+            for flat in self.flat_params:
+                flat.keep_unsharded = False
+                flat.reshard()
+
+    @torch.no_grad()
+    def state_dict(self):
+        """{parameter's name: {"master": fp32 values, and what the optimizer keeps}}: to resume with any N and stage.
+        All ranks call this; rank 0 gets it in host memory, the others {}. It has no learning rate and no loss scale."""
+        found = {}
+        for flat in self.trained:
+            for key, x in {"master": flat.master, **self.optimizer.state.get(flat.master, {})}.items():
+                parts = [x.item() if torch.is_tensor(x) and x.dim() == 0 else x] * len(flat.names)
+                if torch.is_tensor(x) and x.dim() > 0:
+                    full = x = x.to(flat.full.device)
+                    if self.stage > 0:
+                        full = x.new_empty(flat.world * flat.size)
+                        [work.wait() for work in all_gather(full, x)]
+                    parts = [part.to("cpu", copy=True) for part in flat.unflatten(full)]
+                for name, part in zip(flat.names, parts) if dist.get_rank() == 0 else ():
+                    found.setdefault(name, {})[key] = part
+        return found
+
+    @torch.no_grad()
+    def load_state_dict(self, found):
+        """The reverse, with the same on every rank. Error, with nothing loaded, if it is of another model."""
+        shapes = {name: shape for flat in self.trained for name, shape in zip(flat.names, flat.shapes)}
+        if wrong := [x for x in {**shapes, **found} if x not in found or found[x]["master"].shape != shapes.get(x)]:
+            raise Error(f"the checkpoint is of another model, or trains other parameters: {wrong[0]} does not fit")
+        states = {}
+        for i, flat in enumerate(sorted(self.trained, key=lambda flat: flat.group)):  # the optimizer's order
+            state = states[i] = dict(found[flat.names[0]])
+            for key, x in state.items():
+                if torch.is_tensor(x):
+                    full = flat.flatten([found[name][key] for name in flat.names])
+                    state[key] = full.split(flat.size)[flat.rank].clone()
+                elif isinstance(x, float):  # torch's count of steps
+                    state[key] = torch.tensor(x)
+            flat.master.copy_(state.pop("master"))
+            flat.all_gather_params()
+        settings = self.optimizer.state_dict()["param_groups"]  # its own loading puts each tensor where it belongs
+        self.optimizer.load_state_dict({"state": {i: x for i, x in states.items() if x}, "param_groups": settings})
+        [flat.wait() for flat in self.trained]
+
+
+# --------------------------------------------------------------------------------------------------------- plumbing
 
 
 def check(stage, offload):
@@ -59,41 +383,48 @@ def check(stage, offload):
         raise Error(f"offload must be None, 'cpu' or 'disk', not {offload!r}")
 
 
-def shard_size(n, world):
-    """Elements of n on each rank, the last one's padding included."""
-    return -(-n // world)
+def partition(model, blocks, groups, stage):
+    """(unit, group, {parameter: name}) of each flat parameter, in the order of forward. Frozen ones: group None."""
+    group_of = {p: i for i, group in enumerate(groups) for p in group["params"]}
+    names = {p: name for name, p in model.named_parameters()}  # a tied parameter comes once
+    if not group_of or group_of.keys() != {p for p in names if p.requires_grad}:
+        raise Error("params must be all parameters of the model that require a gradient, no others, and not none")
+    block_of = {module: i for i, block in enumerate(blocks, 1) for module in block.modules()}
+    units, parts, last = {}, [], {}
+    for module, p in [(m, p) for m in model.modules() for p in m._parameters.values()]:
+        units.setdefault(p, set()).add(block_of.get(module, 0))
+    for p in [p for p in names if p.requires_grad or stage == 3]:
+        unit = min(units[p]) if len(units[p]) == 1 else 0  # what two blocks share belongs to the root
+        key = unit, group_of.get(p), p.dtype
+        if key not in last or sum(q.numel() for q in last[key]) + p.numel() > BUCKET:
+            last[key] = {}
+            parts.append((unit, group_of.get(p), last[key]))
+        last[key][p] = names[p]
+    return sorted(parts, key=lambda part: part[0])
 
 
-def zero_bytes(n_params, world, stage, *, param_bytes=2, grad_bytes=2, k=12, offload=None):
-    """Bytes that a rank keeps at the end of backward; `offloaded` is not on the device.
-
-    k: bytes of optimizer state; with Adam 12, or 8 if parameters in fp32 are updated in place. Frozen parameters have
-    grad_bytes=0, k=0. Exact for a flat, and for a sum of flats if n_params has their padding in it, which the whole
-    gradients of stages 0 and 1 have not.
-    """
-    check(stage, offload)
-    shard = shard_size(n_params, world)
-    state = k * (shard if stage >= 1 else n_params)
-    return {
-        "parameters": param_bytes * (shard if stage >= 3 else n_params),
-        "gradients": grad_bytes * (shard if stage >= 2 else n_params),
-        "optimizer": 0 if offload else state,
-        "offloaded": state if offload else 0,
-    }
+def reduce_scatter(bucket, size):
+    """Starts the reduce-scatter of a bucket (N · shard,). Returns what to wait for, and the sum or its N parts."""
+    if size == bucket.numel():  # stage 0
+        return dist.all_reduce(bucket, async_op=True), bucket
+    if bucket.is_cuda:
+        received = bucket.new_empty(size)  # (shard,)
+        nccl = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # before torch 2.13
+        return nccl(received, bucket, async_op=True), received
+    # Gloo's own sends as much as an all-reduce, and its order of sums depends on where the bucket is cut
+    received = torch.empty_like(bucket)  # (N · shard,): this rank's shard as each rank has it
+    return dist.all_to_all_single(received, bucket, async_op=True), received
 
 
-def zero_traffic(n_params, world, stage, *, micro_batches=1, frozen=0):
-    """Elements that a rank sends in a step, by collective. Padding as above."""
-    check(stage, None)
-    # (N - 1)/N · Ψ: all but its own shard
-    trained, idle = (shard_size(n, world) * (world - 1) for n in (n_params, frozen))
-    if stage == 0:
-        return {"all_reduce": 2 * trained}
-    times = micro_batches if stage >= 2 else 1
-    return {"reduce_scatter": times * trained, "all_gather": 2 * times * (trained + idle) if stage == 3 else trained}
-
-
-# --------------------------------------------------------------------------------------------------------- collectives
+def all_gather(full, shard):
+    """Starts to fill full (N · shard,) from all ranks' shards; returns what to wait for, in a list."""
+    if full.is_cuda:
+        nccl = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
+        return [nccl(full, shard, async_op=True)]
+    rank, parts = dist.get_rank(), full.split(shard.numel())  # gloo's own takes two to five times as long as this
+    parts[rank].copy_(shard)
+    others = [(peer, part) for peer, part in enumerate(parts) if peer != rank]
+    return [dist.isend(shard, peer) for peer, _ in others] + [dist.irecv(part, peer) for peer, part in others]
 
 
 def all_sum(number, device="cpu"):
@@ -103,430 +434,36 @@ def all_sum(number, device="cpu"):
     return total.item()
 
 
-def send_bucket(bucket, size):
-    """Starts the reduce-scatter of a bucket (N · shard,); gives what to wait for, and what sum_received takes.
-
-    NCCL has it. Gloo's own sends as much as an all-reduce, 2 (N - 1)/N instead of (N - 1)/N, and the order of its sums
-    depends on where the bucket is cut. All-to-all sends each rank its shard of the bucket and nothing else; the sum is
-    then made here, in the order of ranks: the same bits however gradients are cut into buckets.
-    """
-    if bucket.is_cuda:
-        received = bucket.new_empty(size)  # (shard,)
-        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # before torch 2.13
-        return reduce_scatter(received, bucket, async_op=True), received
-    received = torch.empty_like(bucket)  # (N · shard,): the same shard as each rank has it
-    return dist.all_to_all_single(received, bucket, async_op=True), received
-
-
-def sum_received(received, size):
-    """The shard's sum, from what is one sum already or one part from each rank."""
-    first, *others = received.view(-1, size)  # (1, shard) or (N, shard)
-    total = first.to(torch.promote_types(received.dtype, torch.float32), copy=True)
-    for part in others:
-        total += part  # in 32 bits or more, rounded once
-    return total.to(received.dtype)  # (shard,)
-
-
-def all_gather(whole, shard):
-    """Starts to collect whole (N · shard,) from the shards of all ranks; gives what to wait for, in a list.
-
-    Gloo's own takes two to five times as long as a message from each to each.
-    """
-    if whole.is_cuda:
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
-        return [gather(whole, shard, async_op=True)]
-    rank, parts = dist.get_rank(), whole.split(shard.numel())
-    if parts[rank].data_ptr() != shard.data_ptr():
-        parts[rank].copy_(shard)
-    others = [(peer, part) for peer, part in enumerate(parts) if peer != rank]
-    return [dist.isend(shard, peer) for peer, _ in others] + [dist.irecv(part, peer) for peer, part in others]
-
-
 def broadcast(tensor):
-    """Makes a tensor of any type what it is on rank 0."""
     sent = tensor.contiguous()
-    dist.broadcast(sent.view(-1).view(torch.uint8), 0)
+    dist.broadcast(sent.view(-1).view(torch.uint8), 0)  # as bytes: of any dtype
     tensor.copy_(sent)
 
 
 def mapped(tensor):
-    """The tensor in a file of its own, mapped into memory: the system writes pages out and takes their room.
-
-    The file lies where temporary files do (TMPDIR) and has no name any more, so it goes when the process does.
-    """
+    """The tensor in a mapped temporary file without a name: the system can write it out when memory is short."""
+    if tensor.untyped_storage().filename:  # it is in one already
+        return tensor
     with tempfile.NamedTemporaryFile() as file:
         return torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype).copy_(tensor)
 
 
-# --------------------------------------------------------------------------------------------------------------- flats
-
-
-class Flat:
-    """Parameters of one unit, one type and one group in one tensor; this rank's shard of it and of its gradient.
-
-    whole (N · shard,): all parameters, which are views of it; in stage 3 its memory is there only while they are used.
-    shard: this rank's part of whole; in stage 3 a tensor of its own. grad: of the shard, summed over ranks.
-    master: what the optimizer updates, in 32 bits or more: the shard itself if it is that and stays where it is.
-    """
-
-    def __init__(self, unit, group, named, params, stage, offload):
-        self.unit, self.group, self.params, self.stage = unit, group, params, stage
-        self.names, self.shapes = [named[p] for p in params], [p.shape for p in params]
-        self.world, self.rank = (1, 0) if stage == 0 else (dist.get_world_size(), dist.get_rank())
-        self.size = shard_size(sum(p.numel() for p in params), self.world)
-        self.whole = self.join([p.detach() for p in params])
-        self.views = self.split(self.whole)
-        broadcast(self.whole)
-        for p, view in zip(params, self.views):
-            p.data = view
-        self.shard = self.mine(self.whole)
-        self.grad, self.works, self.waiting, self.held, self.mapped = None, [], set(), True, False
-        if stage == 3:
-            self.shard = self.shard.clone()
-            self.free()
-        if group >= 0:
-            kind = torch.promote_types(self.shard.dtype, torch.float32)
-            wide = self.shard.to("cpu", kind, copy=True) if offload else self.shard.to(kind)
-            self.master = nn.Parameter(mapped(wide) if offload == "disk" else wide)
-
-    def join(self, parts):
-        """A tensor laid out like this flat, zeros where nothing is."""
-        whole = parts[0].new_zeros(self.world * self.size)
-        for view, part in zip(self.split(whole), parts):
-            view.copy_(part)
-        return whole
-
-    def split(self, whole):
-        """The reverse, as views."""
-        sizes = [shape.numel() for shape in self.shapes]
-        return [part.view(shape) for part, shape in zip(whole[: sum(sizes)].split(sizes), self.shapes)]
-
-    def mine(self, whole):
-        return whole[self.rank * self.size : (self.rank + 1) * self.size]
-
-    def collect(self):
-        """The bucket: gradients end to end, which are freed one by one; zeros where there is none."""
-        bucket = self.shard.new_empty(self.world * self.size)
-        bucket[sum(shape.numel() for shape in self.shapes) :].zero_()
-        for p, view in zip(self.params, self.split(bucket)):
-            view.zero_() if p.grad is None else view.copy_(p.grad)
-            p.grad = None
-        return bucket
-
-    def wait(self):
-        for work in self.works:
-            work.wait()
-        self.works = []
-
-    def fetch(self):
-        """Stage 3: gives whole its memory and starts to fill it."""
-        if not self.held:
-            self.held = True
-            # Only the storage comes and goes, so what autograd saved of these views is filled again as well
-            self.whole.untyped_storage().resize_(self.whole.nbytes)
-            self.works = all_gather(self.whole, self.shard)
-            for p, view in zip(self.params, self.views):
-                p.data = view
-
-    def free(self):
-        """Stage 3: takes it back. A parameter without memory has no element, so that using it fails."""
-        if self.held and self.stage == 3:
-            self.wait()
-            self.held = False
-            for p in self.params:
-                p.data = self.whole.new_empty(0)
-            self.whole.untyped_storage().resize_(0)
-
-
-# -------------------------------------------------------------------------------------------------------------- engine
-
-
-class ZeRO:
-    """Holds the model's parameters and the optimizer; the model is called as ever.
-
-        engine = ZeRO(model, torch.optim.AdamW, blocks=model.transformer.h, stage=2, lr=1e-3)
-        engine.backward(model(ids, labels=labels).loss * tokens / all_sum(tokens))
-        engine.step(clip=1.0)
-
-    model: the same on every rank; rank 0's numbers are taken. optimizer: an element-wise torch optimizer's class.
-    params: a list of parameters or of groups with lists; all that require a gradient, if not given. settings: its own.
-    blocks: the model's modules that run one after the other, once each in forward. Stage 3 holds the one at work and
-    gathers the next; between passes no parameter has any element.
-    """
-
-    def __init__(self, model, optimizer, params=None, *, blocks, stage, offload=None, **settings):
-        check(stage, offload)
-        if not (dist.is_available() and dist.is_initialized()):
-            raise Error("no process group: start with torchrun --nproc_per_node N, and call init_process_group first")
-        self.model, self.blocks, self.stage, self.offload = model, list(blocks), stage, offload
-        groups = list(params) if params is not None else [p for p in model.parameters() if p.requires_grad]
-        groups = groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
-        self.flats = self.lay_out(groups)
-        self.trained = [flat for flat in self.flats if flat.group >= 0]
-        masters = [[flat.master for flat in self.trained if flat.group == i] for i in range(len(groups))]
-        self.optimizer = optimizer([{**group, "params": m} for group, m in zip(groups, masters)], **settings)
-        # fp16: small gradients vanish unless the loss has a factor, and large ones overflow if it does
-        self.dynamic = any(p.dtype == torch.float16 for p in model.parameters())
-        self.loss_scale, self.clean, self.gone, self.under_way = 2.0**16 if self.dynamic else 1.0, 0, 0, None
-        # Buckets leave in one order on all ranks, or collectives would meet the wrong ones: backward's, in which a flat
-        # is complete when its first parameter is
-        order = {p: i for i, p in enumerate(model.parameters())}
-        self.queue = sorted(self.trained, key=lambda flat: (flat.unit, order[flat.params[0]]), reverse=True)
-        self.room = 2 * max(flat.world * flat.size for flat in self.trained)
-        self.longest = max(shape.numel() for flat in self.trained for shape in flat.shapes)
-        me = weakref.proxy(self)  # hooks must not keep alive what owns their parameters
-        for i, flat in enumerate(self.trained if stage >= 2 else ()):
-            for p in flat.params:
-                p.register_post_accumulate_grad_hook(lambda p, i=i: me.ready(p, i))
-        self.forward, self.at, self.resting, self.root_stays = True, 0, False, False
-        if stage == 3:
-            self.hook_units(me)
-
-    def lay_out(self, groups):
-        """The flats, in order of units: of what is trained, and in stage 3 of everything."""
-        group_of = {p: i for i, group in enumerate(groups) for p in group["params"]}
-        named = {p: name for name, p in self.model.named_parameters()}  # one that is tied comes once
-        if not group_of or group_of.keys() != {p for p in named if p.requires_grad}:
-            raise Error("params must be all parameters of the model that require a gradient, no others, and not none")
-        # A parameter belongs to the block that alone uses it, and otherwise to the root, unit 0
-        owner = self.owner = {module: i for i, block in enumerate(self.blocks, 1) for module in block.modules()}
-        unit_of = {}
-        for module in self.model.modules():
-            for p in module._parameters.values():
-                if unit_of.setdefault(p, owner.get(module, 0)) != owner.get(module, 0):
-                    unit_of[p] = 0
-        kinds = {}
-        for p in [p for p in named if p.requires_grad or self.stage == 3]:
-            pieces = kinds.setdefault((unit_of[p], group_of.get(p, -1), str(p.dtype)), [[]])
-            if pieces[-1] and sum(q.numel() for q in pieces[-1]) + p.numel() > BUCKET:
-                pieces.append([])
-            pieces[-1].append(p)
-        for x in [*self.model.buffers(), *(p.data for p in named if not p.requires_grad and self.stage < 3)]:
-            broadcast(x)
-        kinds = [(unit, group, piece) for (unit, group, _), pieces in sorted(kinds.items()) for piece in pieces]
-        return [Flat(unit, group, named, piece, self.stage, self.offload) for unit, group, piece in kinds]
-
-    # ------------------------------------------------------------------------------------------------ gradients
-
-    def backward(self, loss):
-        """Backward of this rank's part of the loss. The parts are summed over ranks and over the calls before a step:
-        divide by the number of tokens in the whole step."""
-        for flat in self.trained:
-            flat.waiting = set(flat.params)
-        self.gone, self.forward = 0, False
-        self.enter(0)
-        (loss * self.loss_scale).backward()
-        if self.stage >= 2:
-            self.send(len(self.queue))  # those, too, that wait for a gradient that does not come
-            self.arrive()
-        self.forward = True
-        self.free_all()
-
-    def ready(self, p, i):
-        """The hook of a parameter whose gradient is there."""
-        self.trained[i].waiting.discard(p)
-        while self.gone < len(self.queue) and not self.queue[self.gone].waiting:
-            self.send(self.gone + 1)
-        # The bucket under way is there twice, as sent and as received; with it, the gradients that are there and the
-        # next one must not need more than the room of two buckets
-        if self.under_way:
-            here = sum(q.grad.numel() for f in self.queue[self.gone :] for q in f.params if q.grad is not None)
-            if 2 * self.under_way[0].whole.numel() + here + self.longest > self.room:
-                self.arrive()
-
-    def send(self, end):
-        """Lets the buckets of the queue leave up to number `end`, one at a time."""
-        for flat in self.queue[self.gone : end]:
-            self.arrive()
-            bucket = flat.collect()
-            if self.stage == 0:
-                self.under_way = flat, dist.all_reduce(bucket, async_op=True), bucket
-            else:
-                self.under_way = flat, *send_bucket(bucket, flat.size)
-        self.gone = end
-
-    def arrive(self):
-        """Waits for the bucket under way, and adds it to the gradient of its shard."""
-        if self.under_way:
-            (flat, work, received), self.under_way = self.under_way, None
-            work.wait()
-            del work  # it holds the bucket
-            total = sum_received(received, flat.size)
-            flat.grad = total if flat.grad is None else flat.grad.add_(total)
-
-    # ----------------------------------------------------------------------------------------------------- step
-
-    @torch.no_grad()
-    def step(self, clip=None):
-        """One update; the norm of the gradient over all ranks. clip: the largest norm. If the norm is not finite,
-        nothing is updated, on any rank, and a loss scale is halved; after 1,000 clean steps it is doubled."""
-        if self.stage < 2:  # once for all micro-batches
-            self.send(len(self.queue))
-            self.arrive()
-        # norm² = sum of the shards' squares, over all ranks: inf or NaN on one rank is so on all of them
-        norms = [torch.linalg.vector_norm(flat.grad, dtype=flat.master.dtype).double() for flat in self.trained]
-        squares = torch.stack(norms).square().sum()
-        if self.stage > 0:
-            dist.all_reduce(squares)
-        norm = squares.sqrt().item() / self.loss_scale
-        if math.isfinite(norm):
-            for flat in self.trained:
-                self.update(flat, (1.0 if clip is None else min(1.0, clip / (norm + 1e-6))) / self.loss_scale)
-            self.clean += 1
-            if self.dynamic and self.clean == 1000:
-                self.loss_scale, self.clean = self.loss_scale * 2, 0
-        else:
-            self.loss_scale, self.clean = max(1.0, self.loss_scale / 2), 0
-        for flat in self.trained:
-            flat.wait()
-            flat.grad = None
-        return norm
-
-    def update(self, flat, factor):
-        flat.master.grad, flat.grad = flat.grad.to(flat.master.device, flat.master.dtype), None
-        if factor != 1:
-            flat.master.grad.mul_(factor)
-        # The other masters have no gradient, and an optimizer passes over these: wide gradients are there for one flat
-        self.optimizer.step()
-        flat.master.grad = None
-        if self.offload == "disk" and not flat.mapped:  # the optimizer makes its state at the first step
-            state = self.optimizer.state[flat.master]
-            state.update({key: mapped(x) for key, x in state.items() if torch.is_tensor(x) and x.dim()})
-            flat.mapped = True
-        self.publish(flat)
-
-    def publish(self, flat):
-        """The updated shard, rounded to the parameters' type, and in stages 1 and 2 sent to all ranks."""
-        if flat.master.data_ptr() != flat.shard.data_ptr():
-            flat.shard.copy_(flat.master)
-        if self.stage in (1, 2):
-            flat.works = all_gather(flat.whole, flat.shard)
-
-    # ------------------------------------------------------------------------------------- stage 3: parameters
-
-    def hook_units(self, me):
-        """A unit's parameters are sent for when the one before it starts, forward or backward, and freed after its own.
-
-        The root is freed while the blocks run forward, and stays from the head on until the end of backward: its
-        modules are the first and the last. If one of them contains the blocks or is inside one, it stays throughout.
-        """
-        root = {p for flat in self.flats if flat.unit == 0 for p in flat.params}
-        self.model.register_forward_pre_hook(lambda *_: me.enter(0, first=True))
-        for module in self.model.modules():
-            if any(p in root for p in module._parameters.values()):
-                if module in self.owner or any(block in module.modules() for block in self.blocks):
-                    self.root_stays = True
-                else:
-                    module.register_forward_pre_hook(lambda *_: me.enter(0))
-        for i, block in enumerate(self.blocks, 1):
-            block.register_forward_pre_hook(lambda *_, i=i: me.enter(i))
-            block.register_forward_hook(lambda module, args, output, i=i: me.hook_output(output, i))
-        self.model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() or me.resting else me.free_all())
-
-    def hook_output(self, output, i):
-        """Backward of a block starts when the gradient of its output is there."""
-        for x in output if isinstance(output, (tuple, list)) else [output]:
-            if isinstance(x, torch.Tensor) and x.requires_grad:
-                x.register_hook(lambda gradient: self.enter(i))
-
-    def enter(self, unit, first=False):
-        """Frees what has been used, sends for what comes next, and waits for the unit itself."""
-        if self.resting:
-            return
-        self.at = 0 if first else unit or self.at  # the last block so far
-        following = (self.at + 1 if self.forward else unit - 1) % (len(self.blocks) + 1)  # root, 1, 2, ..., root
-        stay = {unit, following, 0 if self.root_stays or not self.forward else unit}
-        for flat in [flat for flat in self.flats if flat.unit not in stay]:
-            flat.free()
-        for flat in [flat for flat in self.flats if flat.unit in (unit, following)]:
-            flat.fetch()
-        for flat in [flat for flat in self.flats if flat.unit == unit]:
-            flat.wait()
-
-    def free_all(self):
-        for flat in self.flats:
-            flat.free()
-
-    @contextmanager
-    def whole(self):
-        """Inside the `with`, which all ranks enter, each has all parameters, and may use the model without the others:
-        to generate, or to save it in its own format."""
-        for flat in self.flats:
-            flat.fetch()
-            flat.wait()
-        self.resting = True
-        try:
-            yield self.model
-        finally:
-            self.resting = False
-            self.free_all()
-
-    # -------------------------------------------------------------------------------------------------- checkpoint
-
-    @torch.no_grad()
-    def state_dict(self):
-        """What a run needs to go on, by parameter: {name: {"master": its tensor, and what the optimizer keeps of it}}.
-
-        It knows nothing of ranks, stage or padding, so it loads on any number of ranks, for the same optimizer. All
-        ranks call this; rank 0 gets it, in host memory, and the others get {}. lr, and for fp16 loss_scale and clean,
-        are the caller's to keep.
-        """
-        found = {}
-        for flat in self.trained:
-            for key, x in {"master": flat.master, **self.optimizer.state.get(flat.master, {})}.items():
-                if torch.is_tensor(x) and x.dim():
-                    whole = shard = x.to(flat.whole.device)
-                    if self.stage > 0:
-                        whole = shard.new_empty(flat.world * flat.size)
-                        for work in all_gather(whole, shard):
-                            work.wait()
-                    parts = [part.to("cpu", copy=True) for part in flat.split(whole)]
-                else:
-                    parts = [x.item() if torch.is_tensor(x) else x] * len(flat.names)
-                for name, part in zip(flat.names, parts) if dist.get_rank() == 0 else ():
-                    found.setdefault(name, {})[key] = part
-        return found
-
-    @torch.no_grad()
-    def load_state_dict(self, found):
-        """The reverse, with the same on every rank. Error, with nothing loaded, if it is of another model."""
-        shapes = {name: shape for flat in self.trained for name, shape in zip(flat.names, flat.shapes)}
-        saved = {name: state["master"].shape for name, state in found.items()}
-        if wrong := [name for name in {**shapes, **saved} if shapes.get(name) != saved.get(name)]:
-            raise Error(f"the checkpoint is of another model, or trains other parameters: {wrong[0]} does not fit")
-        states = {}
-        for i, flat in enumerate(sorted(self.trained, key=lambda flat: flat.group)):  # the optimizer's order
-            mine = states[i] = dict(found[flat.names[0]])
-            for key, x in mine.items():
-                if torch.is_tensor(x):
-                    mine[key] = flat.mine(flat.join([found[name][key] for name in flat.names])).clone()
-                elif isinstance(x, float):  # torch's count of steps
-                    mine[key] = torch.tensor(x)
-            flat.master.copy_(mine.pop("master"))
-            flat.mapped = False
-            self.publish(flat)
-        # The optimizer's own loading puts each where it wants it
-        settings = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": {i: x for i, x in states.items() if x}, "param_groups": settings})
-        for flat in self.trained:
-            flat.wait()
+# ---------------------------------------------------------------------------------------------------- demonstration
 
 
 def demonstrate(rank, world, path):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(path, world), rank=rank, world_size=world)
-    weights = {}
+    dist.init_process_group("gloo", f"file://{path}", timedelta(seconds=30), world, rank)
+    weights = []
     for stage in (0, 1, 2, 3):
         torch.manual_seed(0)
-        model, x = nn.Sequential(*(nn.Linear(63, 63) for _ in range(6))), torch.randn(8, 63)
-        engine = ZeRO(model, torch.optim.AdamW, blocks=model, stage=stage)
+        model, x = torch.nn.Sequential(*(torch.nn.Linear(63, 63) for _ in range(5))), torch.randn(8, 63)
+        engine = ZeRO(model, torch.optim.AdamW, blocks=model[1:4], stage=stage)  # the root: first and last layer
         for _ in range(5):
             engine.backward(model(x[rank::world]).square().sum() / len(x))
             engine.step()
         with engine.whole():
-            weights[stage] = torch.cat([p.detach().flatten() for p in model.parameters()])
-        away = (weights[stage] - weights[0]).abs().max()
-        state = sum(2 * flat.master.numel() for flat in engine.flats)
+            weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        state, away = sum(2 * flat.master.numel() for flat in engine.trained), (weights[stage] - weights[0]).abs().max()
         if rank == 0:
             print(f"    stage {stage}: {state} elements of m and v on each, {away:.0e} from stage 0 after 5 steps")
     dist.destroy_process_group()
@@ -535,10 +472,9 @@ def demonstrate(rank, world, path):
 if __name__ == "__main__":
     print("7B parameters in 16 bits on 8 ranks, GB on each:")
     for stage in (0, 1, 2, 3):
-        kept = {name: n / 1e9 for name, n in zero_bytes(7 * 10**9, 8, stage).items() if n}
-        sent = sum(zero_traffic(7 * 10**9, 8, stage).values()) / (7 * 10**9)
-        print(f"    stage {stage}: {sum(kept.values()):5g} = {kept}; sends {sent:.3g} Ψ in a step")
+        kept, sent = zero_bytes(7 * 10**9, 8, stage), 2 * sum(zero_traffic(7 * 10**9, 8, stage).values())
+        print(f"    stage {stage}: {sum(kept.values()) / 1e9:5g}; sends {sent / 1e9:g} GB in a step")
     if "fork" in torch.multiprocessing.get_all_start_methods():
-        print("Two processes train 24,192 parameters:", flush=True)
+        print("Two processes train 20,160 parameters:", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.start_processes(demonstrate, (2, f"{folder}/store"), nprocs=2, start_method="fork")

@@ -5,7 +5,6 @@ import copy
 import json
 import math
 import pickle
-import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from nanopeft import adapter, gpt
 
@@ -70,8 +70,26 @@ def tiny_gpt(**options):
 
 
 IDS = torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(7))
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PLACEMENTS = ("houlsby", "pfeiffer")
+
+
+def thorough(case):
+    return pytest.param(case, marks=pytest.mark.thorough)
+
+
+def parameters(model):
+    """{name in the file: parameter} of the adapters, or of a fusion and the adapters that it fuses."""
+    found = {}
+    for name, layer in adapter.adapter_layers(model).items():
+        kind = "fusion" if isinstance(layer.adapter, adapter.Fusion) else "adapter"
+        found |= {f"{name}.{kind}.{key}": p for key, p in layer.adapter.named_parameters()}
+    return found
+
+
+def arguments(config):
+    """add_adapter's arguments, from adapter_config."""
+    keys = ("placement", "reduction", "bottleneck", "activation")
+    return {"targets": config["target_modules"], **{key: config[key] for key in keys}}
 
 
 def trained(model):
@@ -80,7 +98,7 @@ def trained(model):
 
 def randomize(model, std=0.5):
     """Draws all that adapters and fusion hold: at Up = 0, whatever is claimed of the output would hold."""
-    for p in {**adapter.adapter_parameters(model), **adapter.fusion_parameters(model)}.values():
+    for p in parameters(model).values():
         nn.init.normal_(p, std=std)
     return model
 
@@ -173,7 +191,7 @@ def nothing(i, h):
 # ---------------------------------------------------------------------------------------------------------- the formula
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(
     st.sampled_from(["linear", "conv1d", "tensor", "tuple"]), st.integers(1, 12), st.integers(1, 20),
     st.sampled_from(sorted(ACTIVATIONS)), st.sampled_from([(), (3,), (2, 3), (2, 1, 3)]), st.integers(0, 99),
@@ -194,7 +212,7 @@ def test_a_layer_is_the_equation(kind, d, m, activation, leading, seed):
     x = torch.randn(*leading, n_in, dtype=torch.float64, requires_grad=True)
     h = layer(x)
     h = h[0] if kind == "tuple" else h
-    own = adapter.adapter_parameters(model)
+    own = parameters(model)
     expected = h + z_by_hand(own, "layer.adapter", activation, h)
     found = model["layer"](x)
     if kind == "tuple":
@@ -209,7 +227,7 @@ def test_a_layer_is_the_equation(kind, d, m, activation, leading, seed):
         assert (one - other).abs().max() <= 1e-13 * max(1, other.abs().max())
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(
     st.integers(1, 4), st.integers(1, 10), st.sampled_from([(), (3,), (2, 3)]), st.booleans(), st.integers(0, 99)
 )  # fmt: skip
@@ -219,7 +237,7 @@ def test_fusion_is_the_equation(n, d, leading, as_tuple, seed):
     base = Blocks(d, 1, as_tuple).double()
     model = randomize(fused(copy.deepcopy(base), n), std=0.4)
     x = torch.randn(*leading, d, dtype=torch.float64, requires_grad=True)
-    own = adapter.fusion_parameters(model)
+    own = parameters(model)
     h = base(x)
     expected = h + fusion_by_hand(own, "h.0.fusion", ("relu", "tanh", "gelu", "silu")[:n], h)
     found, dy = model(x), torch.randn_like(expected)
@@ -241,11 +259,11 @@ def test_a_whole_gpt_is_the_docstrings_equation(case):
         nn.init.normal_(p, std=0.3)
     model = copy.deepcopy(base)
     if case == "fusion":
-        own = adapter.fusion_parameters(randomize(fused(model), std=0.2))
+        own = parameters(randomize(fused(model), std=0.2))
         kinds = ("relu", "tanh", "gelu")
         added = dict(on_block=lambda i, h: fusion_by_hand(own, f"transformer.h.{i}.fusion", kinds, h))
     else:
-        own = adapter.adapter_parameters(randomize(adapter.add_adapter(model, placement=case, bottleneck=3)))
+        own = parameters(randomize(adapter.add_adapter(model, placement=case, bottleneck=3)))
         act = "silu" if case == "houlsby" else "relu"
         added = dict(on_block=lambda i, h: z_by_hand(own, f"transformer.h.{i}.adapter", act, h))
         if case == "houlsby":
@@ -268,7 +286,7 @@ def test_a_whole_gpt_is_the_docstrings_equation(case):
 # ------------------------------------------------------------------------------------------------------------ the start
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*map(thorough, (torch.float64, torch.float16)), torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_training_starts_from_the_base(placement, dtype):
     """At the start the output is the base's to the last bit, in its type, and Up alone has a gradient."""
@@ -279,12 +297,19 @@ def test_training_starts_from_the_base(placement, dtype):
         assert torch.equal(model(IDS).logits, base(IDS).logits)
     assert model(IDS).logits.dtype == dtype
     model(IDS).logits.float().square().sum().backward()
-    own = adapter.adapter_parameters(model)
+    own = parameters(model)
     assert len(own) == 4 * len(adapter.adapter_layers(model))
     for name, p in own.items():
         assert p.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert (p.grad.abs().max() > 0) == (".up." in name)
         assert (p.abs().max() > 0) == name.endswith("down.weight")
+
+
+def test_a_cast_afterwards_casts_the_adapters():
+    """A model cast before add_adapter keeps its adapters in fp32; one cast after it does not."""
+    model = adapter.add_adapter(tiny_gpt().bfloat16())
+    assert {p.dtype for p in trained(model)} == {torch.float32}
+    assert {p.dtype for p in trained(model.bfloat16())} == {torch.bfloat16}
 
 
 def test_initial_distributions():
@@ -297,7 +322,7 @@ def test_initial_distributions():
     # the largest of n uniform draws misses the end by 1/n of the range on average; e⁻¹⁵ is the chance of 15/n
     assert (1 - 15 / down.numel()) / math.sqrt(d) <= down.abs().max() <= 1 / math.sqrt(d)
     adapter.add_fusion(adapter.remove_adapter(model), [(config, state)])
-    own = {key.removeprefix("h.0.fusion."): p.detach() for key, p in adapter.fusion_parameters(model).items()}
+    own = {key.removeprefix("h.0.fusion."): p.detach() for key, p in parameters(model).items()}
     for key in ("query", "key"):
         values = own[f"{key}.weight"]
         n = values.numel()
@@ -315,17 +340,93 @@ def count(model):
 
 
 def test_parameter_counts_of_gpt2():
-    """With m = 48, GPT-2's 124,439,808 parameters get 1,789,056 (houlsby), 894,528 (pfeiffer), 21,252,096 (fusion)."""
+    """At reduction 16 GPT-2's 124,439,808 parameters get 0.72 % (pfeiffer), 1.44 % (houlsby) or 17 % (fusion) more."""
     with torch.device("meta"):
         base = gpt.GPT(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12)
-    assert sum(p.numel() for p in base.parameters()) == 124_439_808
-    for placement, expected in (("houlsby", 1_789_056), ("pfeiffer", 894_528)):
-        model = adapter.add_adapter(copy.deepcopy(base), placement=placement)
-        assert count(model) == expected
-        assert adapter.add_adapter(copy.deepcopy(base), placement=placement, bottleneck=48) and count(model) == expected
-    config = adapter.adapter_config(model)
+    total = sum(p.numel() for p in base.parameters())
+    assert total == 124_439_808
+    assert sum(p.numel() for m in base.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()) == 38_400
+    for placement, n, expected, percent in (("houlsby", 24, 1_789_056, 1.44), ("pfeiffer", 12, 894_528, 0.72)):
+        model = adapter.add_adapter(base, placement=placement)
+        assert count(model) == n * 74_544 == expected and round(100 * expected / total, 2) == percent
+        config = adapter.adapter_config(model)
+        adapter.remove_adapter(model)
     for n in (1, 3):
-        assert count(adapter.add_fusion(copy.deepcopy(base), [(config, None)] * n)) == 21_252_096
+        assert count(adapter.add_fusion(base, [(config, None)] * n)) == 21_252_096
+        adapter.remove_adapter(base)
+    assert round(100 * 21_252_096 / total) == 17 and round(21_252_096 / 894_528) == 24
+
+
+@pytest.mark.parametrize("case, percent", [("houlsby", 2.1), ("pfeiffer", 1.0), ("fusion", 100 * 4 / 12 + 2 * 1.04)])
+def test_multiplications_of_inference(case, percent):
+    """Reduction 16 adds m / 3d = 2.1 % to the products with the blocks' weights; fusing N adds (N + 2) / 12."""
+    d, model = 96, tiny_gpt(n_embd=96)
+    x = torch.randn(1, 1, d)
+
+    def flops():
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.transformer.h[0](x, None, None)
+        return counter.get_total_flops()  # of products with weights: it does not count a CPU's attention
+
+    before = flops()
+    assert before == 2 * 12 * d * d
+    if case == "fusion":
+        one = saved(model, 0)
+        adapter.add_fusion(model, [one, one])
+    else:
+        adapter.add_adapter(model, placement=case)
+    assert 100 * (flops() / before - 1) == pytest.approx(percent, rel=0.05)
+
+
+def test_the_worked_example():
+    """The docstring's numbers: (1, 2) becomes (2.5, 0.5), but -(1, 2) stays; fused with (0, 1): (1.044, 2.927)."""
+    model = nn.ModuleDict({"one": nn.Identity()})
+    x, A, other = torch.tensor([1.0, 2.0]), adapter.Adapter(2, 1), adapter.Adapter(2, 1)
+    with torch.no_grad():
+        A.down.weight.copy_(torch.tensor([[1.0, 1.0]]))
+        A.up.weight.copy_(torch.tensor([[0.5], [-0.5]]))
+        other.up.bias.copy_(torch.tensor([0.0, 1.0]))
+        layer = adapter.AdapterLayer(model["one"], A)
+        assert layer(x).tolist() == [2.5, 0.5] and layer(-x).tolist() == [-1, -2]
+        fusion = adapter.Fusion([A, other])
+        for p in (fusion.query.weight, fusion.key.weight, fusion.value.weight):
+            p.copy_(torch.eye(2))
+        p = [math.exp(score) / (math.exp(-1.5) + math.exp(2)) for score in (-1.5, 2)]
+        assert [round(one, 3) for one in p] == [0.029, 0.971]
+        found = adapter.AdapterLayer(model["one"], fusion)(x)
+    assert [round(one, 3) for one in found.tolist()] == [1.044, 2.927]
+    assert found.tolist() == pytest.approx([1 + 1.5 * p[0], 2 - 1.5 * p[0] + p[1]], rel=1e-6)
+
+
+def test_without_its_nonlinearity_an_adapter_could_be_merged():
+    """With f = identity, x + A(x) after W is (I + Up Down) W, so one weight does; with tanh no weight does it."""
+    torch.manual_seed(0)
+    linear, x = nn.Linear(5, 4, bias=False).double(), torch.randn(20, 5, dtype=torch.float64)
+    for activation, merges in ((nn.Identity(), True), (torch.tanh, False)):
+        model = adapter.add_adapter(nn.Sequential(copy.deepcopy(linear)), ("0",), bottleneck=2, activation=activation)
+        y, A = randomize(model)(x), model[0].adapter
+        one = torch.linalg.lstsq(
+            torch.cat((x, torch.ones(20, 1, dtype=torch.float64)), 1), y
+        )  # the best weight and bias
+        merged = one.solution[:5].T
+        off = (x @ merged.T + one.solution[5] - y).abs().max() / y.abs().max()
+        assert off < 1e-12 if merges else off > 0.01  # fp64: sums of 6 terms
+        if merges:
+            expected = (torch.eye(4) + A.up.weight @ A.down.weight) @ linear.weight
+            assert (merged - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+def test_on_the_residual_stream_even_a_linear_adapter_has_no_weight_to_merge_into():
+    """With f = identity, the block x + W t changes by more than any other W and bias could do: Up Down reads x too."""
+    torch.manual_seed(0)
+    model, x = Blocks(4, 1).double(), torch.randn(50, 4, dtype=torch.float64)
+    t = torch.cat((model.h[0].mlp[:2](x), torch.ones(50, 1, dtype=torch.float64)), 1)  # what W and the bias are read by
+    adapter.add_adapter(model, placement="pfeiffer", bottleneck=2, activation=nn.Identity())
+    y = randomize(model)(x)
+    off = t @ torch.linalg.lstsq(t, y - x).solution - (y - x)  # the best that W and a bias can do
+    assert off.abs().max() > 0.01 * y.abs().max()
+    both = torch.cat((t, x), 1)  # with x itself as an input it would be linear
+    assert (both @ torch.linalg.lstsq(both, y).solution - y).abs().max() < 1e-12 * y.abs().max()
 
 
 # --------------------------------------------------------------------------------------------------------------- fusion
@@ -334,7 +435,7 @@ def test_parameter_counts_of_gpt2():
 def identical(base, n, seed=0, bottleneck=3):
     """(the model with one random adapter, the model with a fusion of it n times), Q and K drawn, V at its start."""
     one = saved(base, seed, bottleneck=bottleneck)
-    alone = adapter.add_adapter(copy.deepcopy(base), **adapter.adapter_arguments(one[0]))
+    alone = adapter.add_adapter(copy.deepcopy(base), **arguments(one[0]))
     adapter.load_adapter_state_dict(alone, one[1])
     model = adapter.add_fusion(copy.deepcopy(base), [one] * n)
     for layer in adapter.adapter_layers(model).values():
@@ -343,7 +444,7 @@ def identical(base, n, seed=0, bottleneck=3):
     return alone, model
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(st.integers(1, 5), st.integers(1, 12), st.integers(0, 99))
 def test_fusing_one_adapter_with_itself_is_that_adapter(n, d, seed):
     """With V = I it is that to rounding, whatever Q and K; at V's start output i is off by 1e-6 |Σⱼ≠ᵢ zⱼ|, no more."""
@@ -358,17 +459,6 @@ def test_fusing_one_adapter_with_itself_is_that_adapter(n, d, seed):
         assert (model(x) - alone(x) - off).abs().max() <= 1e-13 * max(1, z.abs().max())
         model.h[0].adapter.value.weight.copy_(torch.eye(d))
         assert (model(x) - alone(x)).abs().max() <= 1e-13 * max(1, z.abs().max())
-
-
-def test_fusing_one_adapter_with_itself_on_a_whole_gpt():
-    """On a GPT of two blocks in fp32, V at its start, the logits are that adapter's to 1e-5 of the largest."""
-    torch.manual_seed(0)
-    alone, model = identical(tiny_gpt(), 3)
-    assert_noticeable(model, IDS)
-    with torch.no_grad():
-        expected = alone(IDS).logits
-        # two blocks, in each 1e-6 · 15 numbers zⱼ of mixed sign, and a hundred fp32 roundings of 6e-8
-        assert (model(IDS).logits - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -387,7 +477,7 @@ def test_the_choice_among_one_is_not_learned(n):
         assert n > 1 or layer.adapter.key.bias.grad.count_nonzero() == 0
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=5)
 @given(st.permutations(range(3)), st.integers(0, 99))
 def test_order_and_the_bias_of_k_do_not_matter(order, seed):
     """The adapters in another order, and K with another bias, fuse to the same output."""
@@ -406,6 +496,13 @@ def test_order_and_the_bias_of_k_do_not_matter(order, seed):
     x = torch.randn(4, 6, dtype=torch.float64)
     # fp64: as in the formula's test
     torch.testing.assert_close(model(x), other(x), rtol=1e-11, atol=1e-11)
+
+
+def test_softmax_rounds_its_result_alone():
+    """In 16 bits torch's softmax is the one in fp32, rounded once, as Fusion's comment says."""
+    for dtype in (torch.bfloat16, torch.float16):
+        scores = (5 * torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))).to(dtype)
+        assert torch.equal(scores.softmax(-1), scores.float().softmax(-1).to(dtype))
 
 
 def test_the_penalty_holds_v_at_the_identity():
@@ -441,7 +538,7 @@ def train(model, steps=3):
         ids = torch.randint(64, (2, 16), generator=generator)
         optimizer.zero_grad()
         loss = model(ids, labels=ids).loss
-        if adapter.adapter_layers(model, adapter.Fusion):
+        if any(isinstance(m, adapter.Fusion) for m in model.modules()):
             loss = loss + adapter.fusion_penalty(model)
         loss.backward()
         optimizer.step()
@@ -456,14 +553,14 @@ def test_training_moves_what_is_trained_and_nothing_else(case, dtype):
     base = tiny_gpt().to(dtype)
     model = copy.deepcopy(base)
     if case == "fusion":
-        own = adapter.fusion_parameters(fused(model))
+        own = parameters(fused(model))
         own = {name: p for name, p in own.items() if ".adapters." not in name}
         assert len(own) == 2 * 5
         for name, p in own.items():  # nothing but weight decay moves K's bias, and from 0 not even that
             if name.endswith("key.bias"):
                 nn.init.normal_(p)
     else:
-        own = adapter.adapter_parameters(adapter.add_adapter(model, placement=case, bottleneck=3))
+        own = parameters(adapter.add_adapter(model, placement=case, bottleneck=3))
         assert len(own) == 4 * (4 if case == "houlsby" else 2)
     assert {id(p) for p in own.values()} == {id(p) for p in trained(model)}
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
@@ -479,7 +576,7 @@ def test_training_moves_what_is_trained_and_nothing_else(case, dtype):
     assert_same_bits(bits(base.state_dict()), bits(adapter.remove_adapter(model).state_dict()))
 
 
-@pytest.mark.parametrize("case", [*PLACEMENTS, "fusion"])
+@pytest.mark.parametrize("case", [*map(thorough, PLACEMENTS), "fusion"])
 def test_training_lowers_the_loss(case):
     """The loss of a small batch falls by more than half, also where only a fusion of random adapters is trained."""
     torch.manual_seed(0)
@@ -513,6 +610,7 @@ def test_placements_and_targets_pick_layers_by_name():
         ({"placement": "pfeiffer", "targets": r"transformer\.h\.\d+"}, [f"{h}.0", f"{h}.1"]),
         ({"placement": "pfeiffer", "targets": ["h.1"]}, [f"{h}.1"]),
         ({"placement": "pfeiffer", "targets": ["h.1.mlp"]}, [f"{h}.1.mlp"]),
+        ({"placement": "pfeiffer", "targets": r".*h\.1.*"}, [f"{h}.1"]),
     ):
         model = tiny_gpt()
         assert adapter.add_adapter(model, **arguments) is model
@@ -552,8 +650,8 @@ def test_any_function_is_an_activation(activation):
     h, A = model[0].base_layer(x), model[0].adapter
     expected = h + activation(h @ A.down.weight.T + A.down.bias) @ A.up.weight.T + A.up.bias
     torch.testing.assert_close(model(x), expected, rtol=1e-13, atol=1e-13)  # fp64 sums of 4 terms
-    with pytest.raises(adapter.Error, match="by its name in torch.nn.functional"):
-        adapter.adapter_config(model)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        json.dumps(adapter.adapter_config(model))
 
 
 def test_a_wrapper_shows_what_it_holds():
@@ -636,34 +734,37 @@ class Everything(nn.Module):
     "arguments, message",
     [
         ({"placement": "parallel"}, "placement must be houlsby or pfeiffer, not 'parallel'"),
-        ({"bottleneck": 0}, "must be whole numbers above 0, not 0"),
-        ({"bottleneck": True}, "above 0, not True"),
-        ({"bottleneck": 2.0}, "above 0, not 2.0"),
-        ({"reduction": 0}, "above 0, not 0"),
-        ({"reduction": "2"}, "above 0, not '2'"),
+        ({"bottleneck": 0}, "a whole number above 0, not None and 0"),
+        ({"bottleneck": True}, "above 0, not None and True"),
+        ({"bottleneck": 2.0}, "above 0, not None and 2.0"),
+        ({"reduction": 0}, "above 0, not 0 and None"),
+        ({"reduction": "2"}, "above 0, not '2' and None"),
+        ({"reduction": 2, "bottleneck": 2}, "give reduction or bottleneck, .* not 2 and 2"),
+        ({"reduction": 0, "bottleneck": 2}, "give reduction or bottleneck, .* not 0 and 2"),
         ({"reduction": 5}, "reduction must be at most 4, the width of h.0.mlp.2, and is 5"),
         ({}, "reduction must be at most 4, .* is 16"),
-        ({"reduction": 2, "bottleneck": 2}, "one of reduction and bottleneck, not 2 and 2"),
-        ({"activation": "swish_"}, "activation must be a name in torch.nn.functional, or .* not 'swish_'"),
-        ({"activation": "linear"}, "activation must be .* not 'linear'"),
-        ({"activation": "glu"}, "a function that keeps the shape .* not 'glu'"),
-        ({"activation": nn.PReLU()}, "has no parameters, not PReLU"),
+        ({"activation": "swish_"}, "activation must be a function or its name in torch.nn.functional, not 'swish_'"),
         ({"activation": 3}, "activation must be .* not 3"),
         ({"activation": ""}, "activation must be .* not ''"),
-        ({"targets": ("q_proj",)}, r"no layer fits .*q_proj.*; there are .*h\.\*\.mlp\.\*, tower\.\*\.mlp\.\*"),
-        ({"targets": "mlp"}, "no layer fits .*a string is a regular expression for a whole name"),
-        ({"targets": ()}, "no layer fits"),
-        ({"targets": [3]}, "target_modules must be a string or a list of strings"),
-        ({"targets": ("ln",)}, "ln is a LayerNorm; houlsby fits on"),
-        ({"targets": ("h.0",)}, "h.0 is a Block; houlsby fits on"),
-        ({"targets": r"h\.[01"}, "is not a regular expression"),
-        ({"targets": ("out_proj",)}, "out_proj may be read and not called by its MultiheadAttention"),
-        ({"targets": ("encoder.linear2",)}, "linear2 may be read and not called by its TransformerEncoderLayer"),
-        ({"targets": ("h.0.mlp.0",), "placement": "pfeiffer"}, "h.0.mlp.0 is a Linear; pfeiffer fits on .*h.*, "),
-        ({"targets": ("h",), "placement": "pfeiffer"}, "h is a ModuleList; pfeiffer fits on"),
-        ({"targets": ("ln",), "placement": "pfeiffer"}, "ln is a LayerNorm; pfeiffer fits on"),
-        ({"targets": r"h\.0(.mlp)?", "placement": "pfeiffer"}, "both h.0 and h.0.mlp in it fit"),
-        ({"targets": "blocks", "placement": "pfeiffer"}, r"one list of blocks, and there are \['h', 'tower'\]"),
+        (
+            {"targets": ("q_proj",)},
+            r"q_proj.* names no layer for houlsby; there are .*h\.\*\.mlp\.\*, tower\.\*\.mlp\.\*",
+        ),
+        ({"targets": "mlp"}, "names no layer"),
+        ({"targets": ()}, "names no layer"),
+        ({"targets": [3]}, "names no layer"),
+        ({"targets": ("ln",)}, "names no layer"),
+        ({"targets": ("h.0",)}, "names no layer"),
+        ({"targets": r"h\.[01"}, "is no regular expression"),
+        ({"targets": ("out_proj",)}, "out_proj may be read, and not called, by its MultiheadAttention"),
+        ({"targets": ("encoder.linear2",)}, "linear2 may be read, and not called, by its TransformerEncoderLayer"),
+        ({"targets": ("h.0.mlp.0",), "placement": "pfeiffer"}, r"names no layer for pfeiffer; there are .*h\.\*, "),
+        ({"targets": ("h",), "placement": "pfeiffer"}, "names no layer"),
+        ({"targets": ("ln",), "placement": "pfeiffer"}, "names no layer"),
+        (
+            {"targets": "blocks", "placement": "pfeiffer"},
+            "the model's one ModuleList; there are h, tower",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused_and_change_nothing(arguments, message):
@@ -679,9 +780,9 @@ def test_wrong_arguments_are_refused_and_change_nothing(arguments, message):
 def test_models_without_a_place_for_adapters_are_refused():
     """A bare layer has no name to be replaced under, and a model without linear layers no place: both are refused."""
     for model in (nn.Linear(4, 4), nn.Sequential(nn.Tanh())):
-        for placement, message in (("houlsby", "none in the model"), ("pfeiffer", r"one list of blocks, .* \[\]")):
+        for placement in PLACEMENTS:
             before = everything_about(model)
-            with pytest.raises(adapter.Error, match=message):
+            with pytest.raises(adapter.Error, match="there are none"):
                 adapter.add_adapter(model, placement=placement)
             assert everything_about(model) == before
 
@@ -699,20 +800,23 @@ def test_adding_twice_is_refused():
 
 
 def test_what_cannot_be_fused_is_refused():
-    """No adapters, a houlsby one, one of other blocks, another size or another method: refused, nothing changed."""
+    """No adapters, a houlsby one, one of other blocks, size, dtype or method: refused; the model is as it was."""
     torch.manual_seed(0)
     model, good = tiny_gpt(), saved(tiny_gpt(), 0)
+    model.transformer.wte.requires_grad_(False)  # what is frozen stays frozen, and the rest trained
+    integers = good[0], {key: t.int() for key, t in good[1].items()}
     other = adapter.add_adapter(tiny_gpt())
     houlsby = adapter.adapter_config(other), adapter.adapter_state_dict(other)
     missing = good[0], {key: t for key, t in good[1].items() if "h.1.adapter.up.bias" not in key}
     for adapters, message in (
-        ([], "fusion needs at least one adapter"),
-        ([good, houlsby], "placement pfeiffer, and one is houlsby"),
+        ([], "one or more adapters, all of placement pfeiffer"),
+        ([good, houlsby], "all of placement pfeiffer"),
         ([good, saved(tiny_gpt(), 1, targets=["h.1"])], "on different blocks: .*h.0, .*h.1 and transformer.h.1"),
-        ([good, saved(tiny_gpt(n_embd=32), 1)], r"is \(2, 32\) in the adapter and \(1, 16\) in the model"),
-        ([good, saved(tiny_gpt(n_layer=3), 1)], r"left over transformer.h.\*.adapter.down.bias"),
-        ([good, missing], r"missing transformer.h.\*.adapter.up.bias, left over nothing"),
-        ([({"peft_type": "LORA"}, {})], "peft_type must be BOTTLENECK_ADAPTER"),
+        ([good, saved(tiny_gpt(n_embd=32), 1)], r"is \(2,\) in it and \(1,\) in the model"),
+        ([good, saved(tiny_gpt(n_layer=3), 1)], r"h.2.adapter.down.bias is \(1,\) in it and missing in the model"),
+        ([good, integers], "is torch.int32 in the adapter; the model needs floats of 16 bits or more"),
+        ([good, missing], r"h.1.adapter.up.bias is missing in it and \(16,\) in the model"),
+        ([({"peft_type": "LORA"}, {})], "all of placement pfeiffer"),
     ):
         before = everything_about(model)
         with pytest.raises(adapter.Error, match=message) as caught:
@@ -736,8 +840,8 @@ def test_state_dict_holds_what_was_trained_and_loads_into_another_model(placemen
     ends = [f"adapter.{layer}.{key}" for layer in ("down", "up") for key in ("weight", "bias")]
     places = ("attn.c_proj.", "mlp.c_proj.") if placement == "houlsby" else ("",)
     assert state.keys() == {f"transformer.h.{i}.{place}{end}" for i in (0, 1) for place in places for end in ends}
-    arguments = adapter.adapter_arguments(json.loads(json.dumps(adapter.adapter_config(model))))
-    other = adapter.add_adapter(copy.deepcopy(base), **arguments)
+    other = adapter.add_adapter(copy.deepcopy(base), **arguments(json.loads(json.dumps(adapter.adapter_config(model)))))
+    assert adapter.adapter_config(other) == adapter.adapter_config(model)
     adapter.load_adapter_state_dict(other, state)
     assert torch.equal(other(IDS).logits, model(IDS).logits)
     assert count(other) == count(model)
@@ -757,13 +861,11 @@ def test_a_fusion_is_complete_in_its_two_files(dtype):
             assert torch.equal(adapter.fusion_state_dict(model)[key.replace("adapter.", f"fusion.adapters.{i}.")], t)
     config = json.loads(json.dumps(adapter.fusion_config(model)))
     state = {key: t.clone() for key, t in adapter.fusion_state_dict(model).items()}
-    other = adapter.add_fusion(copy.deepcopy(base), **adapter.fusion_arguments(config))
+    other = adapter.add_fusion(copy.deepcopy(base), [(one, None) for one in config["adapters"]])
     adapter.load_fusion_state_dict(other, state)
     with torch.no_grad():
         assert torch.equal(other(IDS).logits, model(IDS).logits)
-    assert {id(p) for p in trained(other)} == {
-        id(p) for n, p in adapter.fusion_parameters(other).items() if ".adapters." not in n
-    }
+    assert {id(p) for p in trained(other)} == {id(p) for n, p in parameters(other).items() if ".adapters." not in n}
     assert adapter.fusion_config(other) == config
 
 
@@ -771,9 +873,14 @@ def test_a_fusion_is_complete_in_its_two_files(dtype):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda s, key: s.pop(key), "missing h.*bias, left over nothing"),
-        (lambda s, key: s.update({"h.9.adapter.x": torch.ones(1)}), r"missing nothing, left over h.\*.adapter.x"),
-        (lambda s, key: s.update({key: torch.ones(7)}), r"is \(7,\) in the adapter and \(4,\) in the model"),
+        (lambda s, key: s.pop(key), r"bias is missing in it and \(\d,\) in the model"),
+        (
+            lambda s, key: s.update({"h.9.adapter.x": torch.ones(1)}),
+            r"h.9.adapter.x is \(1,\) in it and missing in the model",
+        ),
+        (lambda s, key: s.update({key: torch.ones(7)}), r"is \(7,\) in it and \(4,\) in the model"),
+        (lambda s, key: s.update({key: s[key].long()}), "is torch.int64 .* needs floats of 16 bits or more"),
+        (lambda s, key: s.update({key: s[key].to(torch.float8_e4m3fn)}), "bias is torch.float8_e4m3fn in the adapter"),
     ],
 )
 def test_a_state_that_does_not_fit_is_not_loaded_by_half(case, change, message):
@@ -806,76 +913,10 @@ def test_states_of_the_other_kind_are_refused():
             load(model, state)
 
 
-@settings(deadline=None, max_examples=20)
-@given(
-    st.sampled_from([("houlsby", ("mlp.0", "mlp.2")), ("houlsby", r"h\.\d\.mlp\.2"), ("pfeiffer", "blocks")]),
-    st.sampled_from(["reduction", "bottleneck"]),
-    st.integers(1, 4),
-    st.sampled_from(["relu", "gelu", "silu", "mish", "leaky_relu"]),
-)
-def test_config_gives_back_the_arguments(where, size, n, activation):
-    """adapter_arguments of adapter_config, through JSON, are the arguments that add_adapter was called with."""
-    placement, targets = where
-    given = {"targets": targets, "placement": placement, size: n, "activation": activation}
-    model = adapter.add_adapter(Blocks(4), **given)
-    found = adapter.adapter_arguments(json.loads(json.dumps(adapter.adapter_config(model))))
-    found["targets"] = found["targets"] if isinstance(targets, str) else tuple(found["targets"])
-    assert found == {"reduction": None, "bottleneck": None, **given}
-
-
-GOOD = {
-    "peft_type": "BOTTLENECK_ADAPTER", "placement": "pfeiffer", "target_modules": "blocks", "reduction": 16,
-    "bottleneck": None, "activation": "relu",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"peft_type": "LORA"}, "peft_type must be BOTTLENECK_ADAPTER"),
-        ({"placement": None}, "placement"),
-        ({"placement": ["houlsby"]}, "placement"),
-        ({"target_modules": None}, "target_modules"),
-        ({"target_modules": {"up": 1}}, "target_modules"),
-        ({"target_modules": ["up", 1]}, "target_modules"),
-        ({"reduction": None}, "one of reduction and bottleneck"),
-        ({"bottleneck": 3}, "one of reduction and bottleneck"),
-        ({"reduction": "16"}, "reduction and bottleneck must be whole"),
-        ({"reduction": 16.0}, "reduction and bottleneck must be whole"),
-        ({"reduction": None, "bottleneck": True}, "reduction and bottleneck must be whole"),
-        ({"reduction": -1}, "reduction and bottleneck must be whole"),
-        ({"activation": None}, "activation must be"),
-        ({"activation": ["relu"]}, "activation must be"),
-        ({"activation": "conv1d"}, "activation must be"),
-    ],
-)
-def test_configs_that_add_adapter_cannot_have_written_are_refused(change, message):
-    """A field of a wrong type or value is refused by name, alone and inside a fusion's configuration."""
-    assert adapter.adapter_arguments(GOOD)["reduction"] == 16
-    both = {"peft_type": "ADAPTER_FUSION", "adapters": [GOOD, {**GOOD, **change}]}
-    for call in (lambda: adapter.adapter_arguments({**GOOD, **change}), lambda: adapter.fusion_arguments(both)):
-        with pytest.raises(adapter.Error, match=message) as caught:
-            call()
-        assert "\n" not in str(caught.value)
-
-
-def test_a_config_that_is_no_config_is_refused():
-    """A JSON file that holds no object, an empty one, or a fusion without a list of adapters is refused."""
-    for config in ([], None, "BOTTLENECK_ADAPTER", {}):
-        with pytest.raises(adapter.Error, match="peft_type must be BOTTLENECK_ADAPTER"):
-            adapter.adapter_arguments(config)
-    for config in ([], None, {}, GOOD):
-        with pytest.raises(adapter.Error, match="peft_type must be ADAPTER_FUSION"):
-            adapter.fusion_arguments(config)
-    for adapters in (None, [], {}, "out/a"):
-        with pytest.raises(adapter.Error, match="adapters must be a list"):
-            adapter.fusion_arguments({"peft_type": "ADAPTER_FUSION", "adapters": adapters})
-
-
 # ----------------------------------------------------------------------------------------------- inside other machinery
 
 
-@pytest.mark.parametrize("case", [*PLACEMENTS, "fusion"])
+@pytest.mark.parametrize("case", [*map(thorough, PLACEMENTS), "fusion"])
 def test_generation_with_a_cache_is_generation_without(case):
     """Greedy tokens from gpt.generate, which keeps a cache, are the argmax of whole forward passes, one by one."""
     torch.manual_seed(0)
@@ -889,7 +930,7 @@ def test_generation_with_a_cache_is_generation_without(case):
     assert torch.equal(found, ids)
 
 
-@pytest.mark.parametrize("case", [*PLACEMENTS, "fusion"])
+@pytest.mark.parametrize("case", [*map(thorough, PLACEMENTS), "fusion"])
 def test_under_autocast(case):
     """Under bf16 autocast over an fp32 base, logits and fp32 gradients are those without it, to bf16's precision."""
     torch.manual_seed(0)
@@ -908,7 +949,7 @@ def test_under_autocast(case):
         assert (one - other).abs().max() <= 10 * 2**-9 * largest
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, thorough(True)])
 def test_gradient_checkpointing(reentrant):
     """Recomputed under torch.utils.checkpoint, the gradients are the same bits."""
     torch.manual_seed(0)
@@ -925,7 +966,7 @@ def test_gradient_checkpointing(reentrant):
         assert torch.equal(plain, recomputed)
 
 
-@pytest.mark.parametrize("case", [*PLACEMENTS, "fusion"])
+@pytest.mark.parametrize("case", [*map(thorough, PLACEMENTS), "fusion"])
 def test_copies_stand_alone(case):
     """A deep copy, a pickled one and one made through the whole state_dict give the same, and share no tensor."""
     torch.manual_seed(0)
@@ -956,16 +997,10 @@ def test_the_demonstration_prints_what_the_docstring_claims(tmp_path):
     )
     done = subprocess.run([sys.executable, "-I", "-W", "error", "run.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    # the worked example, to the digits that the docstring gives; what is computed there is tested above
     for line in (
-        "largest difference 0.0e+00",
-        "|dDown| = 0.00",
-        "bit for bit: True",
-        "pfeiffer 894,528, houlsby 1,789,056, fusion 21,252,096",
+        "[ 2.5000,  0.5000]",
+        "[-1.0000, -2.0000]",
+        "[ 1.0440,  2.9267]",
     ):
         assert line in done.stdout
-    fusions = re.findall(r"fusion of (.*): (\S+) from .*dQ\| = (\S+), \|dV\| = (\S+)", done.stdout)
-    (one, off_one, dQ_one, _), (three, off_three, dQ_three, dV_three), (two, off_two, dQ_two, _) = fusions
-    assert (one, three, two) == ("one adapter", "one three times", "two adapters")
-    # 1e-6 · 63 numbers of z for each of two blocks, against an output of the size of z
-    assert max(float(off_one), float(off_three)) < 1e-4 < 0.1 < float(off_two)
-    assert float(dQ_one) == 0 and float(dQ_three) < 1e-5 * float(dV_three) and float(dQ_two) > 1e-3

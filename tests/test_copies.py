@@ -1,21 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Technique files repeat a few lines instead of importing each other; these tests hold the copies together."""
+"""What several technique files say or do alike, each in its own lines: these tests hold them together."""
 
-import inspect
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from nanopeft import adapter, gpt, lora, prompt, ptuning
+import nanopeft
+from nanopeft import adapter, gpt, lora, prefix, prompt, ptuning
 
-
-@pytest.mark.parametrize("name", ["takes_forever", "replace"])
-def test_lora_and_adapter_share_their_words(name):
-    """What lora.py and adapter.py both need is the same text in both."""
-    assert inspect.getsource(getattr(lora, name)) == inspect.getsource(getattr(adapter, name))
+README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("part", ["layer", "block"])
@@ -51,22 +46,31 @@ def test_one_layer_in_several_places(part):
     assert torch.equal(run(), plain)
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.integers(1, 5), st.integers(1, 4), st.integers(2, 9), st.integers(0, 3), st.integers(0, 9))
-def test_vectors_in_front_are_a_prompt(n, rows, length, padding, seed):
-    """P-tuning with its slots in front, folded, computes bit for bit what prompt tuning computes with these vectors."""
-    torch.manual_seed(seed)
-    shape = dict(vocab_size=31, n_positions=32, n_embd=8, n_layer=2, n_head=2)
-    base, ids = gpt.GPT(**shape), torch.randint(31, (rows, length + padding))
-    mask = torch.ones_like(ids)
-    mask[0, :padding] = 0
-    labels = ids.masked_fill(mask == 0, -100)
-    slots = ptuning.fold_ptuning(ptuning.PTuning(base, n))
-    vectors = prompt.PromptTuning(base, n)
-    prompt.load_prompt_state_dict(vectors, ptuning.ptuning_state_dict(slots))
-    for call in (dict(labels=labels), {}):
-        ours, theirs = (model(ids, attention_mask=mask, **call) for model in (vectors, slots))
-        for a, b in zip(ours[:2], theirs[:2]):
-            assert (a is None and b is None) or torch.equal(a, b)
-    texts = [gpt.generate(model, ids, 3, attention_mask=mask) for model in (vectors, slots)]
-    assert torch.equal(*texts)
+def test_the_family_table_counts_as_the_code_does():
+    """The numbers of trained and stored parameters in the family's tables are those of the files, on GPT-2's shape."""
+
+    def gpt2():
+        return gpt.GPT(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12)
+
+    def trained(model):
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    with torch.device("meta"):
+        counts = {
+            "full": trained(gpt2()),
+            "LoRA": trained(lora.add_lora(gpt2(), r=8)),
+            "Houlsby": trained(adapter.add_adapter(gpt2(), placement="houlsby", bottleneck=48)),
+            "Pfeiffer": trained(adapter.add_adapter(gpt2(), placement="pfeiffer", bottleneck=48)),
+            "prompt": trained(prompt.PromptTuning(gpt2(), 20)),
+            "P-tuning": trained(ptuning.PTuning(gpt2(), 20)),
+        }
+        config = {"placement": "pfeiffer", "bottleneck": 48, "reduction": None, "activation": "relu"}
+        config |= {"target_modules": "blocks"}
+        fused = adapter.add_fusion(gpt2(), [(config, None)] * 2)
+        counts["fusion"] = trained(fused)
+        counts["fusion, stored"] = sum(t.numel() for t in adapter.fusion_state_dict(fused).values())
+    for hidden in (None, 512):  # a prefix starts from the keys and values of a model with numbers
+        counts[f"prefix, {hidden}"] = trained(prefix.PrefixTuning(gpt2(), 20, hidden=hidden))
+    for what, count in counts.items():
+        assert f"{count:,}" in nanopeft.__doc__, what
+        assert f"{count:,}" in README or what == "fusion, stored", what

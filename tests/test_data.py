@@ -1,85 +1,116 @@
 # SPDX-License-Identifier: MIT
+"""nanopeft/data.py: what is scored in each batch, tasks without leaks, files split or refused as they should be."""
+
 import json
+import math
+import runpy
+from functools import cache
+from pathlib import Path
 
 import pytest
-import tiktoken
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanopeft import data, gpt
+from nanopeft.trainer.tokenizer import load_tokenizer
 
-BASE = gpt.find_checkpoint("nano")
-ENCODING = data.load_tokenizer(BASE)
+ENCODING = load_tokenizer(Path(data.__file__).parent / "base")
+library, modules = cache(data.library), cache(data.modules)  # each reads hundreds of files
 TEXT = "".join(f"Line {i} of a text that is long enough, in paragraphs.\n" + "\n" * (i % 3 == 0) for i in range(400))
 
 
-# ----------------------------------------------------------------------------------------------------------- tokenizer
+# ------------------------------------------------------------------------------------------------------------- batches
 
 
-@settings(deadline=None, max_examples=200)
-@given(st.text())
-def test_tokenizer_round_trip(text):
-    """Decoding what was encoded gives any text back, special-token text included, which never becomes the token."""
-    ids = ENCODING.encode_ordinary(text + data.ENDOFTEXT)
-    assert ENCODING.eot_token not in ids
-    assert ENCODING.decode(ids) == text + data.ENDOFTEXT
+@settings(deadline=None, max_examples=40)
+@given(st.integers(2, 70), st.integers(1, 9))
+def test_text_batches_score_each_token_once(length, size):
+    """Validation windows of any length score every token after the first exactly once, in order."""
+    text = data.TokenStream([TEXT[:900], TEXT[900:1500]], ENCODING, length)
+    scored = []
+    for ids, labels in text.batches(size):
+        assert ids.size(1) <= length and (labels[:, 0] == -100).all() and torch.equal(ids[:, 1:], labels[:, 1:])
+        scored += labels[:, 1:].flatten().tolist()
+    assert scored == text.tokens[1:].tolist()
+    assert text.bytes() == 1500
 
 
-def test_tokenizer_files_round_trip(tmp_path):
-    """Saving and loading a tokenizer gives the same files and the same tokens."""
-    data.save_tokenizer(ENCODING, tmp_path)
-    for name in ("vocab.json", "merges.txt"):
-        assert (tmp_path / name).read_text("utf-8") == (BASE / name).read_text("utf-8")
+def test_text_samples_stay_inside():
+    """Training windows are runs of the stream, and the last one can be drawn too."""
+    text = data.TokenStream([TEXT[:100]], ENCODING, 8)
+    runs = {tuple(text.tokens[i : i + 8].tolist()) for i in range(len(text.tokens) - 7)}
+    drawn = {tuple(row) for row in text.sample(2000)[0].tolist()}
+    assert drawn == runs
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.lists(st.text(alphabet="abc \n", min_size=1), min_size=1, max_size=20))
-def test_training_merges_the_most_frequent_pair_first(texts):
-    """The first merge of byte-level BPE is a pair that no other pair of neighbours inside a word outnumbers."""
-    import regex
-
-    counts = {}
-    for text in texts:
-        for word in regex.findall(data.PATTERN, text):
-            for pair in zip(word, word[1:]):
-                counts[pair] = counts.get(pair, 0) + 1
-    if not counts:
-        return
-    encoding = data.train_tokenizer(texts, 258)
-    first = encoding.decode_single_token_bytes(256).decode()
-    assert counts[tuple(first)] == max(counts.values())
-
-
-def test_trained_tokenizer_compresses_as_it_should():
-    """A word seen often becomes one token, and the vocabulary has the asked size with end-of-text last."""
-    encoding = data.train_tokenizer(["return self.value\n"] * 50, 256 + 18)
-    assert encoding.n_vocab == encoding.eot_token + 1 == 256 + 18
-    assert len(encoding.encode_ordinary(" self")) == 1
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.text(max_size=60), st.text(max_size=60)), min_size=1, max_size=12), st.integers(2, 40))
+def test_examples_score_the_completion_alone(pairs, length):
+    """Labels are the completion and the end of text, after the prompt's end, cut to the length and padded with -100."""
+    examples = data.CompletionDataset(pairs, ENCODING, length)
+    ids, labels = examples.collate(examples.items)
+    assert ids.shape == labels.shape and ids.size(1) <= length
+    cut = 0
+    for (prompt, completion), row, target in zip(pairs, ids.tolist(), labels.tolist()):
+        whole = [*ENCODING.encode_ordinary(completion), ENCODING.eot_token]
+        scored = [t for t in target if t != -100]
+        assert scored == whole[: length - 1]
+        at = target.index(scored[0])
+        assert row[at : at + len(scored)] == scored
+        context = [ENCODING.eot_token, *ENCODING.encode_ordinary(prompt)]
+        assert row[:at] == context[-at:] and at >= 1
+        cut += len(context) + len(whole) > length
+    assert examples.n_truncated == cut
 
 
-@pytest.mark.parametrize("broken", ["no vocab", "no merges", "not JSON", "no end of text", "wrong order", "a list"])
-def test_broken_tokenizer_is_refused(tmp_path, broken):
-    """A folder without a whole GPT-2 tokenizer gives one clear line."""
-    data.save_tokenizer(ENCODING, tmp_path)
-    vocab = json.loads((tmp_path / "vocab.json").read_text("utf-8"))
-    if broken == "no vocab":
-        (tmp_path / "vocab.json").unlink()
-    elif broken == "no merges":
-        (tmp_path / "merges.txt").unlink()
-    elif broken == "not JSON":
-        (tmp_path / "vocab.json").write_text("{")
-    elif broken == "no end of text":
-        del vocab[data.ENDOFTEXT]
-        (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    elif broken == "wrong order":
-        vocab["!"], vocab["Ġt"] = vocab["Ġt"], vocab["!"]
-        (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    else:
-        (tmp_path / "vocab.json").write_text("[1]")
-    with pytest.raises(data.Error) as error:
-        data.load_tokenizer(tmp_path)
-    assert "\n" not in str(error.value)
+def test_diagrams(capsys):
+    """`python -m nanopeft.data` prints the docstring's window and row with their labels, and the tasks' sizes."""
+    runpy.run_path(data.__file__, run_name="__main__")
+    lines = [line.split() for line in capsys.readouterr().out.split("\n")]
+    for row in (
+        "<eot> The cat sat <eot>", "-100 The cat sat <eot>", "<eot> A dog ran <eot>",
+        "<eot> 2 + 2 = 4 <eot>", "-100 -100 -100 -100 -100 4 <eot>",
+        "<eot> The cat sat <eot> <eot> <eot>", "-100 -100 -100 sat <eot> -100 -100",
+    ):  # fmt: skip
+        assert row.split() in lines
+    assert [line[0] for line in lines[-4:-1]] == ["library:", "reference:", "modules:"]
+
+
+def test_right_padding_needs_no_mask():
+    """The loss of a padded batch without an attention mask is that of its rows: no token sees what is behind it."""
+    torch.manual_seed(0)
+    model = gpt.GPT(vocab_size=ENCODING.n_vocab, n_positions=64, n_embd=16, n_layer=2, n_head=2).double()
+    dataset = data.CompletionDataset([("2 + 2 =", " 4"), ("The cat", " sat on the mat")], ENCODING, 64)
+    nats = lambda batch: model(batch[0], labels=batch[1]).loss * (batch[1] != -100).sum()  # noqa: E731
+    together, apart = nats(dataset.collate(dataset.items)), sum(nats(dataset.collate([i])) for i in dataset.items)
+    assert abs(together - apart) < 1e-12 * apart
+    ids, labels = dataset.collate(dataset.items)
+    assert (ids == ENCODING.eot_token).sum() > 4 and (labels == ENCODING.eot_token).sum() == 2  # both ends are learned
+
+
+def test_length_buckets_halve_the_work():
+    """Of `modules`' validation batches some 50 % is padding in random order, and some 2 % in buckets of like length."""
+    dataset = data.CompletionDataset(modules()[1], ENCODING, 256)
+    size = lambda item: len(item[0]) + len(item[1])  # noqa: E731
+
+    def padding(batches):
+        return 1 - sum(map(size, dataset.items)) / sum(max(map(size, batch)) * len(batch) for batch in batches)
+
+    order = torch.randperm(len(dataset.items), generator=torch.Generator().manual_seed(0)).tolist()
+    random = [[dataset.items[i] for i in order[at : at + 32]] for at in range(0, len(order), 32)]
+    buckets = dataset.length_buckets(32)
+    assert sorted(sum(buckets, [])) == sorted(dataset.items)
+    assert 0.45 < padding(random) < 0.55 and padding(buckets) < 0.025
+
+
+def test_bits_per_byte():
+    """The docstring's numbers: library source has some 3.28 bytes a token; 2.46 nats each are 1.08 bits per byte."""
+    text = library()[1]
+    n_tokens = sum(map(len, ENCODING.encode_ordinary_batch(text))) + len(text)
+    n_bytes = sum(len(t.encode()) for t in text)
+    assert abs(n_bytes / n_tokens - 3.28) < 0.1  # of each Python it is another text
+    assert round(2.46 / math.log(2) / 3.28, 2) == 1.08
 
 
 # --------------------------------------------------------------------------------------------------------------- tasks
@@ -87,7 +118,7 @@ def test_broken_tokenizer_is_refused(tmp_path, broken):
 
 def test_library_leaves_out_what_it_must():
     """`library` has no tests, no package of `modules`, no pydoc_data, and no text on both sides."""
-    train, valid = data.library()
+    train, valid = library()
     assert len(train) > 300 and len(valid) > 10
     assert not set(train) & set(valid)
     everything = "\n".join(train + valid)
@@ -107,7 +138,7 @@ def test_reference_is_split_by_topic():
 
 def test_modules_task():
     """`modules` has 1,500 functions or more to test on, a largest class under 25 %, and no file on both sides."""
-    train, valid = data.modules()
+    train, valid = modules()
     assert len(valid) >= 1500 and len(train) >= 1500
     for side in (train, valid):
         counts = [sum(package == name for _, package in side) for name in data.PACKAGES]
@@ -120,50 +151,6 @@ def test_top_functions_are_not_nested():
     a = "def a(x):\n  def inner():\n    pass\n  return x\n"
     b = "class B:\n  if 1:\n    def b(self):\n      x = 1\n      pass\n  def c(self):\n    pass\n"
     assert [f.split("(")[0] for f in data.top_functions(a + b)] == ["def a", "def b"]
-
-
-# ------------------------------------------------------------------------------------------------------------- batches
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.integers(2, 70), st.integers(1, 9))
-def test_text_batches_score_each_token_once(length, size):
-    """Validation windows of any length score every token after the first exactly once, in order."""
-    text = data.Text([TEXT[:900], TEXT[900:1500]], ENCODING, length)
-    scored = []
-    for ids, labels in text.batches(size):
-        assert ids.size(1) <= length and (labels[:, 0] == -100).all() and torch.equal(ids[:, 1:], labels[:, 1:])
-        scored += labels[:, 1:].flatten().tolist()
-    assert scored == text.tokens[1:].tolist()
-    assert text.bytes() == 1500
-
-
-def test_text_samples_stay_inside():
-    """Training windows are runs of the stream, and the last one can be drawn too."""
-    text = data.Text([TEXT[:100]], ENCODING, 8)
-    runs = {tuple(text.tokens[i : i + 8].tolist()) for i in range(len(text.tokens) - 7)}
-    drawn = {tuple(row) for row in text.sample(2000)[0].tolist()}
-    assert drawn == runs
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.tuples(st.text(max_size=60), st.text(max_size=60)), min_size=1, max_size=12), st.integers(2, 40))
-def test_examples_score_the_completion_alone(pairs, length):
-    """Labels are the completion and the end of text, after the prompt's end, cut to the length and padded with -100."""
-    examples = data.Examples(pairs, ENCODING, length)
-    ids, labels = examples.pack(examples.items)
-    assert ids.shape == labels.shape and ids.size(1) <= length
-    cut = 0
-    for (prompt, completion), row, target in zip(pairs, ids.tolist(), labels.tolist()):
-        whole = [*ENCODING.encode_ordinary(completion), ENCODING.eot_token]
-        scored = [t for t in target if t != -100]
-        assert scored == whole[: length - 1]
-        at = target.index(scored[0])
-        assert row[at : at + len(scored)] == scored
-        context = [ENCODING.eot_token, *ENCODING.encode_ordinary(prompt)]
-        assert row[:at] == context[-at:] and at >= 1
-        cut += len(context) + len(whole) > length
-    assert examples.cut == cut
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -230,9 +217,3 @@ def test_folder_is_no_file(tmp_path):
     (tmp_path / "a.txt").mkdir()
     with pytest.raises(data.Error, match="no such file"):
         data.load(str(tmp_path / "a.txt"), ENCODING, 32)
-
-
-def test_encoding_is_tiktokens():
-    """The tokenizer is a plain tiktoken.Encoding, so that code written for GPT-2's works with it."""
-    assert isinstance(ENCODING, tiktoken.Encoding)
-    assert ENCODING.decode([ENCODING.eot_token]) == data.ENDOFTEXT

@@ -2,10 +2,9 @@
 """What nanopeft/lora.py claims, against its formulas in fp64 and without another library."""
 
 import copy
-import json
 import math
+import runpy
 import shutil
-import subprocess
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from nanopeft import gpt, lora
 
@@ -104,7 +104,7 @@ def dense(layer):
     W = layer.weight.detach().double().clone()
     if isinstance(layer, lora.LoRAEmbedding):
         return W, update.t()
-    return (W.t() if layer.is_conv1d else W), update
+    return (W.t() if isinstance(layer.base_layer, Conv1D) else W), update
 
 
 shapes = st.tuples(
@@ -116,10 +116,12 @@ alphas = st.floats(0.5, 16)
 # ---------------------------------------------------------------------------------------------------------- the formula
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.sampled_from(KINDS), shapes, alphas, st.booleans(), st.sampled_from([(), (3,), (2, 3), (2, 1, 3)]))
+@settings(deadline=None, max_examples=25)
+@given(
+    st.sampled_from(KINDS), shapes, alphas, st.booleans(), st.sampled_from([(), (3,), (2, 3), (2, 1, 3), (0,), (2, 0)])
+)
 def test_forward_is_the_equation(kind, shape, alpha, rslora, leading):
-    """y = x Wᵀ + b + s x Aᵀ Bᵀ with s = α/r or α/√r, for any shape, rank (above the layer's size too) and input."""
+    """y = x Wᵀ + b + s x Aᵀ Bᵀ with s = α/r or α/√r, for any shape, any rank, and empty inputs."""
     torch.manual_seed(0)
     n_in, n_out, r = shape
     model = one_layer(kind, n_in, n_out)
@@ -132,11 +134,10 @@ def test_forward_is_the_equation(kind, shape, alpha, rslora, leading):
     expected = (W + update)[x] if kind == "embedding" else torch.einsum("...i,oi->...o", x, W + update) + bias
     # sums of at most 12 + 20 products of size up to s · 20 in fp64: 32 · 2⁻⁵³ of the largest partial sum, and slack
     bound = 64 * 2**-53 * (1 + 12 + layer.scaling * 12 * 20)
-    assert model(x).shape == expected.shape
-    assert (model(x) - expected).abs().max() <= bound
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=bound)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 @given(st.sampled_from(("linear", "no bias", "conv1d")), shapes, alphas)
 def test_gradients_are_the_docstrings(kind, shape, alpha):
     """dA = s Bᵀ dyᵀ x, dB = s dyᵀ x Aᵀ and dx = dy W + s dy B A, and the frozen layer has no gradient."""
@@ -229,28 +230,63 @@ def test_initial_distributions(r):
         )  # and of the deviation (normal)
 
 
-@pytest.mark.parametrize("rslora, power", [(False, -1), (True, 0)])
-def test_why_rslora(rslora, power):
-    """The first step's change of W along the gradient is η s² r/(3 in) of it: as 1/r at s = α/r, the same at α/√r."""
+@pytest.mark.parametrize(
+    "init, rslora, powers",
+    [("kaiming", False, (-0.5, 0, -1)), ("kaiming", True, (0, 0.5, 0)), ("gaussian", False, (-1.5, -1, -3))],
+)
+def test_the_first_step_depends_on_r_as_the_docstring_says(init, rslora, powers):
+    """After one step: the powers of r in |ΔW| under Adam and in the first-order fall of the loss under Adam and SGD.
+
+    With "gaussian" A's entries go as 1/r, so that they bring powers of their own.
+    """
     torch.manual_seed(0)
-    n = 64
-    along = {}
-    for r in (8, 128):
-        model = one_layer("linear", n, n)
-        lora.add_lora(model, r=r, alpha=1, rslora=rslora)
-        x, dy = torch.randn(32, n, dtype=torch.float64), torch.randn(32, n, dtype=torch.float64)
-        (A, B), G = factors(model)[0], dy.t() @ x
-        model(x).backward(dy)
-        torch.optim.SGD([A, B], lr=1).step()
-        change = dense(model[0])[1]
-        torch.testing.assert_close(change, -(model[0].scaling ** 2) * G @ A.t() @ A, rtol=1e-10, atol=1e-10)
-        along[r] = -(change * G).sum() / G.square().sum()
-        # tr(G AᵀA Gᵀ)/|G|² is a mean of r·n squares of uniform draws, each with a relative variance of 4/5; G weights
-        # the columns unevenly, by at most 4 to 1 here, which adds as much as 4 times fewer draws would
-        assert along[r].item() == pytest.approx(
-            model[0].scaling ** 2 * r / (3 * n), rel=5 * math.sqrt(0.8 * 4 / (r * n))
-        )
-    assert (along[128] / along[8]).item() == pytest.approx(16**power, rel=0.5)
+    n_in, n_out, draws = 256, 192, 8  # at r = 1 a single draw of A is a few per cent off
+    measured = {1: torch.zeros(3), 64: torch.zeros(3)}
+    for r in list(measured) * draws:
+        x, dy = torch.randn(512, n_in, dtype=torch.float64), torch.randn(512, n_out, dtype=torch.float64)
+        found = {}
+        for optimizer in (torch.optim.Adam, torch.optim.SGD):
+            model = one_layer("no bias", n_in, n_out)
+            lora.add_lora(model, r=r, alpha=16, rslora=rslora, init=init)
+            model(x).backward(dy)
+            optimizer(factors(model)[0], lr=1e-2).step()
+            update = dense(model[0])[1]
+            found[optimizer] = update.norm(), -(dy.t() @ x * update).sum()  # dL/dW = dyᵀ x
+        measured[r] += torch.tensor([*found[torch.optim.Adam], found[torch.optim.SGD][1]])
+    # 64^0.025 = 1.11: at r = 64 the rows of A, in 256 dimensions, are not quite orthogonal, and |ΔW| is 8 % larger
+    found = (measured[64] / measured[1]).log() / math.log(64)
+    torch.testing.assert_close(found, torch.tensor(powers), rtol=0, atol=0.025, check_dtype=False)
+
+
+def test_the_first_step_moves_w_by_a_tenth_of_the_learning_rate():
+    """At in = 4096, r = 8 and α = 32, an entry of W moves by lr/10 in Adam's first step; in full fine-tuning by lr."""
+    torch.manual_seed(0)
+    model = lora.add_lora(one_layer("no bias", 4096, 64, torch.float32), r=8, alpha=32)
+    model(torch.randn(16, 4096)).backward(torch.randn(16, 64))
+    torch.optim.Adam(factors(model)[0], lr=1e-4).step()
+    moved = dense(model[0])[1].square().mean().sqrt().item()
+    assert moved == pytest.approx(1e-5, rel=0.05)  # s √(r / (3 in)) = 4 · 0.0255 = 0.102
+
+
+def test_the_worked_example():
+    """4096 x 4096 at r = 8: counts, bytes and FLOPs of a training step are the docstring's."""
+    d, r, n, flops = 4096, 8, 16, {}
+    with torch.device("meta"):
+        for method in ("full", "lora"):
+            model = nn.Sequential(nn.Linear(d, d, bias=False))
+            if method == "lora":
+                lora.add_lora(model, r=r)
+            with FlopCounterMode(display=False) as counter:
+                model(torch.empty(n, d, requires_grad=True)).sum().backward()
+            flops[method] = counter.get_total_flops()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert flops["lora"] / flops["full"] == pytest.approx(2 / 3 + 2 * r / d, rel=1e-9)
+    for shown in (
+        f"{d * d:,} numbers", f"= {trained:,}, one in {d * d // trained}", f"{16 * d * d / 1e6:.0f} MB",
+        f"{(2 * d * d + 16 * trained) / 1e6:.1f} MB", f"{2 * trained / 1e3:.0f} kB", f"W {2 * d * d / 1e6:.1f} MB",
+        f"{flops['lora'] / flops['full']:.1%}".replace("%", " %"),
+    ):  # fmt: skip
+        assert shown in lora.__doc__, shown
 
 
 @pytest.mark.parametrize("targets, trained", [(("c_attn",), 294_912), ("all-linear", 1_179_648)])
@@ -352,53 +388,59 @@ def test_added_to_a_model_in_eval_mode_it_drops_nothing():
 # ---------------------------------------------------------------------------------------------------------------- merge
 
 
-@settings(deadline=None, max_examples=400)
-@given(st.sampled_from(KINDS), shapes, alphas, st.sampled_from(DTYPES), st.booleans(), st.integers(0, 999))
-def test_merging_changes_nothing(kind, shape, alpha, dtype, rslora, seed):
+@pytest.mark.parametrize("examples", [40, pytest.param(400, marks=pytest.mark.thorough)])
+def test_merging_changes_nothing(examples):
     """Merged = unmerged, unmerging gives back the weight's bits, and each of the two done twice is done once."""
-    torch.manual_seed(seed)
-    n_in, n_out, r = shape
-    model = one_layer(kind, n_in, n_out, dtype)
-    randomize(lora.add_lora(model, ("0",), r=r, alpha=alpha, rslora=rslora)).eval()
-    layer = model[0]
-    x = an_input(kind, n_in, dtype)
-    before, (W, update) = bits(model), dense(layer)
-    unmerged = model(x).double()
-    # the update is at least a tenth of the output; if it never were, hypothesis would complain
-    assume((unmerged - layer.base_layer(x).double()).abs().max() >= 0.1 * unmerged.abs().max())
-    assert lora.merge_lora(model) is model
-    once = bits(model)
-    merged = model(x).double()
-    lora.merge_lora(model)
-    assert_same_bits(once, bits(model))
 
-    # u: the unit roundoff of the weights; v: that of the sums (fp32 under 16 bits). `low` is for fp16's subnormals.
-    u = torch.finfo(dtype).eps / 2
-    v = min(u, torch.finfo(torch.float32).eps / 2)
-    low = torch.finfo(dtype).smallest_normal * u
-    A, B = [p.detach().double() for p in factors(model)[0]]
-    size = abs(layer.scaling) * B.abs() @ A.abs()  # (out, in): no partial sum of the update is larger
-    size = size.t() if kind == "embedding" else size
-    # The merged weight: r + 2 roundings of the update and one of the sum at v, then a single one at u.
-    stored = dense(layer)[0]
-    error = (r + 3) * v * (W.abs() + size) + u * (W + update).abs() + low
-    assert ((stored - (W + update)).abs() <= 1.01 * error).all()
-    # The outputs, relative to the sum of all terms' absolute values: unmerged rounds A, B, x Aᵀ, the layer's output and
-    # the sum to u; merged rounds W and the output; each has up to in + r + 3 roundings at v. 1.1 pays for second order.
-    if kind == "embedding":
-        terms, absolute = (W.abs() + size)[x], low
-    else:
-        bias = 0 if layer.bias is None else layer.bias.detach().double().abs()
-        terms = x.double().abs() @ (W.abs() + size).t() + bias
-        absolute = low * (n_in + layer.scaling * (n_in + 2) * r + 4)
-    bound = 1.1 * ((7 * u + 2 * (n_in + r + 3) * v) * terms + absolute)
-    assert ((merged - unmerged).abs() <= bound).all()
+    @settings(deadline=None, max_examples=examples)
+    @given(st.sampled_from(KINDS), shapes, alphas, st.sampled_from(DTYPES), st.booleans(), st.integers(0, 999))
+    def check(kind, shape, alpha, dtype, rslora, seed):
+        torch.manual_seed(seed)
+        n_in, n_out, r = shape
+        model = one_layer(kind, n_in, n_out, dtype)
+        randomize(lora.add_lora(model, ("0",), r=r, alpha=alpha, rslora=rslora)).eval()
+        layer = model[0]
+        x = an_input(kind, n_in, dtype)
+        before, (W, update) = bits(model), dense(layer)
+        unmerged = model(x).double()
+        # the update is at least a tenth of the output; if it never were, hypothesis would complain
+        assume((unmerged - layer.base_layer(x).double()).abs().max() >= 0.1 * unmerged.abs().max())
+        assert lora.merge_lora(model) is model
+        once = bits(model)
+        merged = model(x).double()
+        lora.merge_lora(model)
+        assert_same_bits(once, bits(model))
 
-    assert lora.unmerge_lora(model) is model
-    assert_same_bits(before, bits(model))
-    lora.unmerge_lora(model)
-    assert_same_bits(before, bits(model))
-    assert torch.equal(model(x).double(), unmerged)
+        # u: the unit roundoff of the weights; v: that of the sums (fp32 under 16 bits). `low` is for fp16's subnormals.
+        u = torch.finfo(dtype).eps / 2
+        v = min(u, torch.finfo(torch.float32).eps / 2)
+        low = torch.finfo(dtype).smallest_normal * u
+        A, B = [p.detach().double() for p in factors(model)[0]]
+        size = abs(layer.scaling) * B.abs() @ A.abs()  # (out, in): no partial sum of the update is larger
+        size = size.t() if kind == "embedding" else size
+        # The merged weight: r + 2 roundings of the update and one of the sum at v, then a single one at u.
+        stored = dense(layer)[0]
+        error = (r + 3) * v * (W.abs() + size) + u * (W + update).abs() + low
+        assert ((stored - (W + update)).abs() <= 1.01 * error).all()
+        # The outputs, relative to the sum of all terms' absolute values: unmerged rounds A, B, x Aᵀ, s times it, the
+        # update, the layer's output and the sum to u; merged rounds W and the output; each has up to in + r + 3
+        # roundings at v. 1.1 pays for second order.
+        if kind == "embedding":
+            terms, absolute = (W.abs() + size)[x], low
+        else:
+            bias = 0 if layer.bias is None else layer.bias.detach().double().abs()
+            terms = x.double().abs() @ (W.abs() + size).t() + bias
+            absolute = low * (n_in + layer.scaling * (n_in + 2) * r + r + 5)
+        bound = 1.1 * ((9 * u + 2 * (n_in + r + 3) * v) * terms + absolute)
+        assert ((merged - unmerged).abs() <= bound).all()
+
+        assert lora.unmerge_lora(model) is model
+        assert_same_bits(before, bits(model))
+        lora.unmerge_lora(model)
+        assert_same_bits(before, bits(model))
+        assert torch.equal(model(x).double(), unmerged)
+
+    check()
 
 
 def test_a_small_update_survives_a_merge_into_16_bits():
@@ -416,6 +458,28 @@ def test_a_small_update_survives_a_merge_into_16_bits():
     before = model[0].weight.double()
     after = lora.merge_lora(model)[0].weight.double()
     assert torch.equal(after - before, torch.full_like(before, 2**-7))
+
+
+def test_what_a_merge_into_bf16_loses():
+    """The docstring's figures: of an update of RMS 1e-4, merged into bf16 weights of RMS 0.036, half is lost.
+
+    Subtracting the update again does not bring all weights back either; unmerge_lora does.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1024, 1024, bias=False)).to(torch.bfloat16)
+    W = model[0].weight.requires_grad_(False).normal_(std=0.036).clone()
+    lora.add_lora(model, alpha=8)
+    A, B = factors(model)[0]
+    nn.init.normal_(A, std=0.01)
+    nn.init.normal_(B, std=0.01 / math.sqrt(8))
+    delta = dense(model[0])[1]
+    assert delta.square().mean().sqrt().item() == pytest.approx(1e-4, rel=0.05)
+    merged = lora.merge_lora(model)[0].weight.double()
+    unchanged, error = (merged == W).double().mean(), (merged - W - delta).norm() / delta.norm()
+    assert unchanged.item() == pytest.approx(0.52, abs=0.01) and error.item() == pytest.approx(0.5, abs=0.01)
+    assert "52 % of the weights do not change and the error is 50 % of the update" in " ".join(lora.__doc__.split())
+    assert ((merged - delta).to(torch.bfloat16) == W).double().mean() < 0.999
+    assert torch.equal(lora.unmerge_lora(model)[0].weight, W)
 
 
 def test_training_goes_on_after_a_merge_was_taken_back():
@@ -507,7 +571,7 @@ def test_a_weight_in_two_places_is_not_merged():
         with pytest.raises(lora.Error, match="shares its weight"):
             lora.merge_lora(model)
         assert_same_bits(before, bits(model))
-        assert all(layer.original is None for layer in lora.lora_layers(model).values())
+        assert all(layer.unmerged_weight is None for layer in lora.lora_layers(model).values())
 
 
 def test_blocks_in_two_places_and_untied_heads_are_merged():
@@ -694,13 +758,13 @@ class Everything(nn.Module):
         ({"ranks": {"down": 4}}, r"ranks: 'down' matches no target; there are h.\*.up"),
         ({"ranks": {"u": 4}}, "ranks: 'u' matches no target"),
         ({"ranks": {"(up": 4}}, r"\(up.* is not a regular expression"),
-        ({"alpha": math.nan}, "alpha finite, not .* nan"),
+        ({"alpha": math.nan}, "alpha finite.*nan"),
         ({"alpha": math.inf}, "alpha finite"),
         ({"dropout": 1}, r"dropout must be in \[0, 1\)"),
         ({"dropout": -0.1}, "dropout must be"),
         ({"dropout": math.nan}, "dropout must be"),
-        ({"init": "pissa"}, "init must be kaiming, gaussian or reverse, not 'pissa'"),
-        ({"init": None}, "init must be"),
+        ({"init": "pissa"}, "init kaiming, gaussian or reverse; .*'pissa'"),
+        ({"init": None}, "gaussian or reverse; .*None"),
         ({"targets": ("q_proj",)}, r"no layer fits .*q_proj.*; there are attention.out_proj, h.\*.up, table"),
         ({"targets": "up"}, "no layer fits .*a string is a regular expression for a whole name"),
         ({"targets": ()}, "no layer fits"),
@@ -764,8 +828,7 @@ def test_state_dict_holds_what_was_trained_and_loads_into_another_model():
     }
     ids = torch.randint(64, (2, 8))
     assert_noticeable(model, ids)
-    arguments = lora.lora_arguments(json.loads(json.dumps(lora.lora_config(model))))
-    other = lora.add_lora(copy.deepcopy(base), **arguments)
+    other = lora.add_lora(copy.deepcopy(base), ("c_attn", "wte"), r=2)
     lora.load_lora_state_dict(
         other, {**state, "base_model.model.transformer.wte.base_layer.weight": base.lm_head.weight}
     )
@@ -786,7 +849,7 @@ def test_state_dict_holds_what_was_trained_and_loads_into_another_model():
         ),
         (
             lambda state: state.update({"base_model.model.2.lora_B.weight": torch.ones(4, 3)}),
-            r"is \(4, 3\) in the .*\(4, 2\)",
+            r"is torch.float32 \(4, 3\) in the adapter; .* \(4, 2\)",
         ),
     ],
 )
@@ -812,82 +875,6 @@ def test_loading_while_merged_is_refused():
     assert_same_bits(before, bits(model))
     lora.load_lora_state_dict(lora.unmerge_lora(model), state)
     assert all(torch.equal(t, state[key]) for key, t in lora.lora_state_dict(model).items())
-
-
-GOOD = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["up"]}
-
-
-@settings(deadline=None, max_examples=50)
-@given(
-    st.one_of(st.just("all-linear"), st.just(r"h\.\d\..*"), st.just(("up", "h.0.up"))),
-    st.integers(1, 9),
-    alphas,
-    st.floats(0, 0.9),
-    st.booleans(),
-    st.dictionaries(st.sampled_from(["up", "h.0.up"]), st.integers(1, 9)),
-)
-def test_config_gives_back_the_arguments(targets, r, alpha, dropout, rslora, ranks):
-    """lora_arguments of lora_config, through JSON, are the arguments that add_lora was called with."""
-    model = nn.ModuleDict({"h": nn.ModuleList(nn.ModuleDict({"up": nn.Linear(2, 2)}) for _ in range(2))})
-    arguments = dict(targets=targets, r=r, alpha=alpha, dropout=dropout, rslora=rslora, ranks=ranks)
-    lora.add_lora(model, **arguments)
-    found = lora.lora_arguments(json.loads(json.dumps(lora.lora_config(model))))
-    assert {**found, "targets": tuple(found["targets"])} == {**arguments, "targets": tuple(targets)}
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"peft_type": "IA3"},
-        {"use_dora": True},
-        {"use_qalora": True},
-        {"use_bdlora": {"nblocks": 2}},
-        {"alpha_pattern": {"up": 4}},
-        {"modules_to_save": ["score"]},
-        {"layers_to_transform": [1]},
-        {"layer_replication": [[0, 2]]},
-        {"exclude_modules": ["h.0.up"]},
-        {"target_parameters": ["experts.up"]},
-        {"trainable_token_indices": [1]},
-        {"alora_invocation_tokens": [1]},
-        {"lora_bias": True},
-        {"bias": "all"},
-        {"bias": None},
-        {"init_lora_weights": "pissa"},
-        {"init_lora_weights": "olora"},
-        {"r": "4"},
-        {"r": True},
-        {"r": 4.0},
-        {"r": None},
-        {"lora_alpha": "8"},
-        {"lora_alpha": True},
-        {"lora_dropout": None},
-        {"rank_pattern": ["up"]},
-        {"use_rslora": 1},
-        {"target_modules": None},
-        {"target_modules": {"up": 1}},
-    ],
-)
-def test_configs_of_another_method_are_refused(change):
-    """A config that asks for what this file does not do, or has a field of a wrong type, is refused by name."""
-    assert lora.lora_arguments(GOOD)["r"] == 4
-    with pytest.raises(lora.Error, match=f"adapter_config.json.*{next(iter(change))}") as caught:
-        lora.lora_arguments({**GOOD, **change})
-    assert "\n" not in str(caught.value)
-
-
-def test_a_config_that_is_no_config_is_refused():
-    """A JSON file that holds no object, or an empty one, is refused."""
-    for config in ([], None, "LORA", {}):
-        with pytest.raises(lora.Error, match="peft_type must be LORA"):
-            lora.lora_arguments(config)
-
-
-def test_defaults_of_a_config_are_pefts():
-    """Fields that a config leaves out have peft's defaults: r 8, alpha 8, no dropout, no rsLoRA."""
-    assert lora.lora_arguments({"peft_type": "LORA", "target_modules": ["up"]}) == {
-        "targets": ["up"], "r": 8, "alpha": 8, "dropout": 0.0, "ranks": {}, "rslora": False,
-    }  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------- inside other machinery
@@ -920,21 +907,52 @@ def test_under_autocast(kind, dtype):
         assert (found - right).abs().max() <= 5 * 2**-8 * right.abs().max()
 
 
-@settings(deadline=None, max_examples=20)
-@given(st.lists(st.integers(0, 3), max_size=4), st.sampled_from(KINDS))
-def test_any_number_of_leading_dimensions(leading, kind):
-    """An input of any number of leading dimensions, empty ones too, gives what its rows give one by one."""
+class SigmoidLinear(nn.Linear):
+    def forward(self, x):
+        return torch.sigmoid(super().forward(x))
+
+
+def test_the_base_layers_output_is_left_alone_for_backward():
+    """A subclass whose backward needs its own output, sigmoid(Wx + b), gets the gradient of sigmoid."""
     torch.manual_seed(0)
-    model = one_layer(kind, 4, 3)
-    randomize(lora.add_lora(model, ("0",), r=2))
-    x = an_input(kind, 4, shape=tuple(leading))
-    y = model(x)
-    assert y.shape == (*leading, 3)
-    flat, rows = y.reshape(-1, 3), x.reshape(-1) if kind == "embedding" else x.reshape(-1, 4)
-    for row, expected in zip(rows, flat, strict=True):
-        torch.testing.assert_close(model(row), expected, rtol=0, atol=1e-13)  # fp64 sums of 6 terms of size s = 8
-    y.sum().backward()
-    assert all(p.grad is not None for p in factors(model)[0])
+    model = randomize(lora.add_lora(nn.Sequential(SigmoidLinear(4, 3)).double(), r=2))
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    model(x).sum().backward()
+    W, update = dense(model[0])
+    p = torch.sigmoid(x.detach() @ W.t() + model[0].bias.detach())
+    torch.testing.assert_close(x.grad, (p * (1 - p)) @ W + update.sum(0), rtol=1e-12, atol=1e-12)  # fp64, 4 terms
+
+
+class CachingLinear(nn.Linear):
+    """Computes once and returns the same tensor at each call."""
+
+    cache = None
+
+    def forward(self, x):
+        if self.cache is None:
+            self.cache = super().forward(x)
+        return self.cache
+
+
+def test_a_base_layer_may_keep_its_output():
+    """A layer that caches its output gives the same at each call: the update is not added to what it keeps."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(CachingLinear(4, 3)), torch.randn(5, 4)
+    plain = model(x).detach().clone()
+    randomize(lora.add_lora(model, r=2))
+    first, second = model(x), model(x)
+    assert torch.equal(first, second) and not torch.allclose(first, plain)
+
+
+def test_a_hook_may_keep_the_base_layers_output():
+    """What a forward hook on the base layer keeps is x Wᵀ + b, without the update."""
+    torch.manual_seed(0)
+    model, x, kept = nn.Sequential(nn.Linear(4, 3)), torch.randn(5, 4), []
+    plain = model(x)
+    randomize(lora.add_lora(model, r=2))
+    model[0].base_layer.register_forward_hook(lambda layer, args, y: kept.append(y))
+    assert not torch.allclose(model(x), plain)
+    assert torch.equal(kept[0], plain)
 
 
 def test_an_input_that_is_not_contiguous():
@@ -995,8 +1013,21 @@ def test_a_merged_state_dict_is_not_taken_for_an_unmerged_one():
     merged = lora.merge_lora(randomize(lora.add_lora(one_layer("linear", 4, 3))))
     unmerged = lora.add_lora(one_layer("linear", 4, 3))
     for source, target in ((merged, unmerged), (unmerged, merged)):
-        with pytest.raises(RuntimeError, match="original"):
+        with pytest.raises(RuntimeError, match="unmerged_weight"):
             target.load_state_dict(source.state_dict())
+
+
+def test_what_a_merged_model_costs():
+    """Merged, a layer keeps W twice until remove_lora, and its output hands no gradient down to A and B."""
+    model = randomize(lora.add_lora(one_layer("no bias", 16, 16), r=1))
+    W, factors_bytes = 16 * 16 * 8, 2 * 16 * 8
+    size = lambda: sum(t.numel() * t.element_size() for t in model.state_dict().values())  # noqa: E731
+    assert size() == W + factors_bytes
+    lora.merge_lora(model)
+    assert size() == 2 * W + factors_bytes and "0.unmerged_weight" in model.state_dict()
+    assert not model(an_input("no bias", 16)).requires_grad
+    lora.remove_lora(model)
+    assert size() == W
 
 
 def test_converting_a_merged_model_converts_what_unmerging_brings_back():
@@ -1011,16 +1042,14 @@ def test_converting_a_merged_model_converts_what_unmerging_brings_back():
 # ---------------------------------------------------------------------------------------------------------------- paste
 
 
-def test_the_file_alone_runs_its_demonstration(tmp_path):
+def test_the_file_alone_runs_its_demonstration(tmp_path, monkeypatch, capsys):
     """Copied into an empty folder, without nanopeft, lora.py shows what it claims."""
-    shutil.copy(Path(lora.__file__), tmp_path / "lora.py")
-    program = "import sys, runpy; sys.modules['nanopeft'] = None; runpy.run_path('lora.py', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    shown = done.stdout
-    assert "largest difference 0.0e+00" in shown and "|dA| = 0.00" in shown and "bit for bit: True" in shown
-    assert "294,912" in shown
-    difference = float(shown.split("merged against unmerged: ")[1].split()[0])
+    shutil.copy(lora.__file__, tmp_path / "lora.py")
+    monkeypatch.setitem(sys.modules, "nanopeft", None)
+    runpy.run_path(str(tmp_path / "lora.py"), run_name="__main__")
+    shown = capsys.readouterr().out
+    assert "nothing has changed yet: True" in shown and "bit for bit: True" in shown
+    difference = float(shown.split("a largest difference of ")[1].split()[0])
     assert 0 < difference < 1e-5  # fp32, two layers of 64: some hundred roundings of 6e-8
 
 

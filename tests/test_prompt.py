@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
 """What nanopeft/prompt.py claims, against its formula in fp64 and without another library."""
 
+import itertools
 import math
+import runpy
 import shutil
-import subprocess
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanopeft import gpt, prompt
+from nanopeft import data, gpt, prompt
+from nanopeft.trainer.checkpoint import find_checkpoint, load_gpt
+from nanopeft.trainer.tokenizer import load_tokenizer
 
 V, D, LIMIT = 64, 16, 32
 
@@ -51,7 +54,7 @@ seeds = st.integers(0, 999)
 # ---------------------------------------------------------------------------------------------------------- the formula
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=12)
 @given(sizes, seeds)
 def test_logits_loss_and_gradient_are_those_of_the_longer_input(size, seed):
     """model(ids) is base([P ; E[ids]]) without the prompt's own logits; dP is the sum of d(base's input) over rows."""
@@ -91,7 +94,7 @@ def test_the_prompt_is_noticed():
 # ------------------------------------------------------------------------------------------------ padding and the cache
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=12)
 @given(st.lists(st.tuples(st.integers(1, 7), st.integers(0, 3)), min_size=1, max_size=4), st.integers(1, 6), seeds)
 def test_a_padded_row_gives_what_it_gives_alone(lengths, n, seed):
     """Logits, loss and generated tokens of a row do not depend on pads at its left, at its right, or in other rows."""
@@ -120,7 +123,7 @@ def test_a_padded_row_gives_what_it_gives_alone(lengths, n, seed):
         assert torch.equal(gpt.generate(model, row[None], 6)[0], together[i, T - len(row) :])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=10)
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.integers(0, 3), st.booleans(), seeds)
 def test_steps_with_a_cache_give_what_one_call_gives(parts, pads, masked, seed):
     """The prompt goes in once: the input in pieces, each after the cache of those before, gives the whole's logits."""
@@ -131,7 +134,7 @@ def test_steps_with_a_cache_give_what_one_call_gives(parts, pads, masked, seed):
     if masked:
         mask[1, : min(pads, parts[0] - 1)] = 0
     whole = model(ids, attention_mask=mask if masked else None).logits
-    cache, end, found = gpt.Cache(), 0, []
+    cache, end, found = gpt.KVCache(), 0, []
     for part in parts:
         end += part
         seen = mask[:, :end] if masked else None
@@ -173,7 +176,7 @@ def test_caller_s_positions_come_after_the_prompts():
 # ------------------------------------------------------------------------------------------------------------ the start
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_prompt_is_kept_in_32_bits(dtype):
     """P is fp32 beside 16 bits, and fp64 beside 64; the logits have the model's type."""
     model = prompted(dtype=dtype)
@@ -209,7 +212,7 @@ def test_a_random_prompt_is_as_large_as_words():
     assert not (P[:, None, :4] == words[None, :, :4]).any()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=10)
 @given(st.lists(st.integers(0, V - 1), min_size=1, max_size=12), st.integers(1, 20), st.booleans())
 def test_a_prompt_from_token_ids_repeats_or_cuts_them(ids, n, tensor):
     """P[i] is E[ids[i mod length]], for a text's ids or the class labels'."""
@@ -231,16 +234,15 @@ def test_parameter_count_of_gpt2():
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_moves_the_prompt_and_nothing_else(dtype):
+def test_training_moves_the_prompt_and_nothing_else():
     """The loss of a text falls by more than half; the base's tensors are the same bits, and every number of P moved."""
     torch.manual_seed(0)
-    model = prompted(8, dtype=dtype).train()
+    model = prompted(8, dtype=torch.bfloat16).train()
     before = {n: t.clone() for n, t in model.state_dict().items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.01)
     ids = torch.tensor([[5, 9, 2, 40]] * 2)
     losses = []
-    for _ in range(100):
+    for _ in range(60):
         losses.append(model(ids, labels=ids).loss)
         optimizer.zero_grad()
         losses[-1].backward()
@@ -249,6 +251,35 @@ def test_training_moves_the_prompt_and_nothing_else(dtype):
     for n, t in model.state_dict().items():
         assert torch.equal(t, before[n]) == (n != "prompt_embeddings"), n
     assert (model.prompt_embeddings != before["prompt_embeddings"]).all()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "rate, after, moved", [(1e-4, 4.12, 0.004), (1e-3, 3.87, 0.019), (3e-3, 3.81, 0.034), (0.1, 3.82, 0.66)]
+)
+def test_learning_rates_of_the_docstring(rate, after, moved):
+    """Sixty steps on the embedded base bring the loss of 4.25 to the docstring's, and move P as far as it says."""
+    train, valid = data.load("reference", load_tokenizer(find_checkpoint("nano")), 48)
+    held_out = list(itertools.islice(valid.batches(32), 4))
+    torch.manual_seed(0)
+    model = prompt.PromptTuning(load_gpt("nano"))
+    torch.manual_seed(0)
+    P = model.virtual_tokens().detach().clone()
+    optimizer = torch.optim.AdamW([model.prompt_embeddings], lr=rate, weight_decay=0)
+
+    @torch.no_grad()
+    def loss():
+        return sum(model(ids, labels=labels).loss.item() for ids, labels in held_out) / 4
+
+    assert loss() == pytest.approx(4.25, abs=0.02)
+    for _ in range(60):
+        ids, labels = train.sample(8)
+        optimizer.zero_grad()
+        model(ids, labels=labels).loss.backward()
+        optimizer.step()
+    assert loss() == pytest.approx(after, abs=0.04)
+    assert (model.prompt_embeddings - P).square().mean().sqrt().item() == pytest.approx(moved, rel=0.2)
+    assert P.square().mean().sqrt().item() == pytest.approx(0.083, abs=0.005)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -262,11 +293,14 @@ def test_state_and_config_come_back():
         model = prompt.PromptTuning(base, 7, init=init)
         state = {k: t.clone() for k, t in prompt.prompt_state_dict(model).items()}
         assert not state["prompt_embeddings"].requires_grad
-        other = prompt.PromptTuning(base, **prompt.prompt_arguments(prompt.prompt_config(model)))
-        assert not torch.equal(other(ids).logits, model(ids).logits)
+        config = prompt.prompt_config(model)
+        assert config["prompt_tuning_init"] == ("SAMPLE_VOCAB" if init == "vocabulary" else "RANDOM")
+        other = prompt.PromptTuning(base, config["num_virtual_tokens"], init=init)
+        with torch.no_grad():
+            other.prompt_embeddings.add_(1)
         prompt.load_prompt_state_dict(other, state)
         assert torch.equal(other(ids).logits, model(ids).logits)
-        assert prompt.prompt_config(other) == prompt.prompt_config(model)
+        assert prompt.prompt_config(other) == config
 
 
 P5 = torch.zeros(5, D)
@@ -276,10 +310,12 @@ P5 = torch.zeros(5, D)
     "state, message",
     [
         ({}, "not nothing"),
-        ({"prompt_embeddings": P5, "score.weight": P5}, "prompt_embeddings, score.weight"),
-        ({"lora_A": P5}, "not lora_A"),
-        ({"prompt_embeddings": P5[:4]}, r"\(4, 16\) in the file and \(5, 16\) here"),
-        ({"prompt_embeddings": P5.t()}, r"\(16, 5\) in the file"),
+        ({"prompt_embeddings": P5, "score.weight": P5}, "prompt_embeddings.*, 'score.weight'"),
+        ({"lora_A": P5}, "not {'lora_A'"),
+        ({"prompt_embeddings": P5[:4]}, r"must be prompt_embeddings \(5, 16\).*not .*\(4, 16\)"),
+        ({"prompt_embeddings": P5.t()}, r"not .*\(16, 5\)"),
+        ({"prompt_embeddings": P5.long()}, "in 16 bits or more, not .*int64"),
+        ({"prompt_embeddings": P5.to(torch.float8_e4m3fn)}, "in 16 bits or more, not .*float8"),
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(state, message):
@@ -291,45 +327,27 @@ def test_a_state_that_does_not_fit_changes_nothing(state, message):
     assert torch.equal(model.prompt_embeddings, before)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        *(dict(peft_type=t) for t in ("LORA", "P_TUNING", "PREFIX_TUNING", None, 3)),
-        *(dict(num_virtual_tokens=n) for n in (0, -1, 2.0, "5", True, None, [5])),
-        *(dict(task_type=t) for t in ("SEQ_CLS", "SEQ_2_SEQ_LM")),
-        *(dict(num_transformer_submodules=2), dict(modules_to_save=["score"]), dict(prompt_tuning_init="WORDS")),
-    ],
-)
-def test_a_config_that_says_something_else_is_refused(change):
-    """Every field that this file reads is checked, and the message names it."""
-    with pytest.raises(prompt.Error, match=next(iter(change))):
-        prompt.prompt_arguments(prompt.prompt_config(prompted()) | change)
-    for foreign in (None, [], "PROMPT_TUNING", {}):
-        with pytest.raises(prompt.Error, match="peft_type"):
-            prompt.prompt_arguments(foreign)
-
-
 # ------------------------------------------------------------------------------------------------------------ wrong use
 
 
 @pytest.mark.parametrize("n", [0, -3, 2.0, "5", True, None])
 def test_less_than_one_token_is_refused(n):
     """A prompt has a whole number of tokens, at least one."""
-    with pytest.raises(prompt.Error, match="n_tokens must be a whole number of at least 1"):
+    with pytest.raises(prompt.Error, match="n_tokens must be a whole number from 1 to below"):
         prompt.PromptTuning(tiny_gpt(), n)
 
 
 @pytest.mark.parametrize(
     "init, message",
     [
-        ("words", "vocabulary, random or a list of token ids, not 'words'"),
-        ([], "init has no token ids: the text or the labels"),
-        (torch.tensor([]), "init has no token ids"),
-        ([0, V], "from 0 to 63"),
-        ([-1], "from 0 to 63"),
-        ([0.5], "must hold token ids"),
-        (["email", "xml"], "must hold token ids"),
-        (torch.zeros(2, 2, dtype=torch.long), "must hold token ids"),
+        ("words", "vocabulary, random or a list of at least one token id, 0 to 63, not 'words'"),
+        ([], "at least one token id"),
+        (torch.tensor([]), "at least one token id"),
+        ([0, V], "0 to 63, not"),
+        ([-1], "0 to 63, not"),
+        ([0.5], "list of at least one token id"),
+        (["email", "xml"], "list of at least one token id"),
+        (torch.zeros(2, 2, dtype=torch.long), "list of at least one token id"),
     ],
 )
 def test_a_start_from_no_token_ids_is_refused(init, message):
@@ -343,11 +361,11 @@ def test_a_start_from_no_token_ids_is_refused(init, message):
 def test_a_prompt_and_a_text_share_the_context():
     """Prompt and text may fill the positions together, pads aside; one more is refused, and both are counted."""
     model = prompted(5)
-    with pytest.raises(prompt.Error, match="32 prompt tokens leave no room for a text in the model's 32 positions"):
+    with pytest.raises(prompt.Error, match="from 1 to below the model's 32 positions, not 32"):
         prompt.PromptTuning(tiny_gpt(), LIMIT)
     ids = torch.randint(V, (1, LIMIT))
     assert model(ids[:, 5:]).logits.shape == (1, 27, V)
-    refusal = "5 prompt tokens and 28 others do not fit the 32 positions"
+    refusal = "the text and 5 virtual tokens need 33 positions; the model has 32"
     for options in ({}, dict(attention_mask=torch.ones(1, 28, dtype=torch.long))):
         with pytest.raises(prompt.Error, match=refusal):
             model(ids[:, 4:], **options)
@@ -381,13 +399,38 @@ def test_wrong_calls_are_refused():
             model(**inputs)
 
 
-def test_the_demonstration_says_what_the_docstring_claims(tmp_path):
-    """Alone in an empty folder, the file runs and prints exact agreement, a falling loss and the counts."""
-    shutil.copy(Path(prompt.__file__), tmp_path)
-    code = "import sys, runpy; sys.modules['nanopeft'] = None; runpy.run_path('prompt.py', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    # fp32, sums of at most 13 terms
-    assert all(float(line.split()[-1]) < 1e-5 for line in lines[:1]) and float(lines[1].split()[-1]) < 1e-5
-    assert lines[2].endswith("True") and "15,360" in lines[3]
+@pytest.mark.parametrize(
+    "config, head",
+    [(dict(is_encoder_decoder=True), True), (dict(hidden_size_per_layer_input=8), True), ({}, False)],
+)
+def test_a_model_that_is_no_causal_language_model_is_refused(config, head):
+    """An encoder-decoder, embeddings in every layer, or no language model's head: refused, with the model untouched."""
+    base = tiny_gpt()
+    base.config = SimpleNamespace(**vars(base.config), **config)
+    if not head:
+        base.get_output_embeddings = lambda: None
+    with pytest.raises(prompt.Error, match="take a causal LM"):
+        prompt.PromptTuning(base)
+    assert all(p.requires_grad for p in base.parameters())
+
+
+def test_rows_of_one_batch_may_have_different_prompts():
+    """Prompts stacked as (tasks, n, d) serve several tasks in one batch: each row gives what its own prompt gives."""
+    torch.manual_seed(0)
+    base, ids, task = tiny_gpt(), torch.randint(V, (4, 6)), torch.tensor([1, 0, 2, 1])
+    models = [prompt.PromptTuning(base, 5, init="random") for _ in range(3)]
+    P = torch.stack([model.prompt_embeddings for model in models])
+    mixed = base(inputs_embeds=torch.cat((P[task], base.transformer.wte(ids)), 1)).logits[:, 5:]
+    for row in range(4):
+        assert_close(mixed[row : row + 1], models[task[row]](ids[row : row + 1]).logits)
+
+
+def test_the_demonstration_says_what_the_docstring_claims(tmp_path, monkeypatch, capsys):
+    """Alone in an empty folder, the file runs and prints agreement, a falling loss and the docstring's numbers."""
+    monkeypatch.setitem(sys.modules, "nanopeft", None)
+    runpy.run_path(shutil.copy(prompt.__file__, tmp_path), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert float(lines[0].split()[-1]) < 1e-5  # fp32, sums of at most 32 terms
+    first, last = (float(x) for x in lines[1].split(";")[0].split("loss ")[1].split(" to "))
+    assert last < 0.6 * first and lines[1].endswith("True")
+    assert "15,360 of 124,439,808 parameters, 0.012%; for training 184,320 bytes more, not 1,493,277,696" in lines[2]

@@ -2,8 +2,8 @@
 """What nanopeft/quant.py claims: formats against torch's own casts, and the errors of rounding as properties."""
 
 import math
-import subprocess
-import sys
+import runpy
+import statistics
 
 import pytest
 import torch
@@ -18,11 +18,31 @@ EPS = 2**-23  # of fp32
 TINY = 2**-126  # its smallest normal number
 
 
+def often(*strategies, few=30, many=300):
+    """A property that is drawn a few times by default, and many times in the thorough run."""
+
+    def decorate(property_):
+        @pytest.mark.parametrize("examples", [few, pytest.param(many, marks=pytest.mark.thorough)])
+        def test(examples):
+            settings(deadline=None, max_examples=examples)(given(*strategies)(property_))()
+
+        test.__name__, test.__doc__ = property_.__name__, property_.__doc__
+        return test
+
+    return decorate
+
+
 def with_bits(bits, dtype):
     """The numbers of a format that have these bits."""
     size = {1: (torch.uint8, 0), 2: (torch.int16, 2**16), 4: (torch.int32, 2**32)}[dtype.itemsize]
     signed = torch.where(bits >= size[1] // 2, bits - size[1], bits) if size[1] else bits
     return signed.to(size[0]).view(dtype)
+
+
+def stored_bits(x):
+    """The bits that a float tensor is kept in, as whole numbers from 0 on."""
+    size = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.dtype.itemsize]
+    return x.view(size).long() & (2 ** (8 * x.dtype.itemsize) - 1)
 
 
 def same_numbers(one, other):
@@ -38,19 +58,14 @@ def same_numbers(one, other):
 def test_every_bit_pattern_has_its_value(dtype):
     """Each of a format's 2^8 or 2^16 bit patterns means what torch reads in it, signs of zero included."""
     bits = torch.arange(2 ** (8 * dtype.itemsize))
-    x = with_bits(bits, dtype)
-    assert torch.equal(quant.stored_bits(x), bits)
-    assert same_numbers(quant.value(bits, dtype), x.double())
+    assert same_numbers(quant.value(bits, dtype), with_bits(bits, dtype).double())
 
 
-@settings(deadline=None, max_examples=300)
-@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50))
+@often(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50))
 def test_fp32_bit_patterns_have_their_value(patterns):
     """The same for fp32, over drawn patterns; and the three fields put together are the pattern again."""
     bits = torch.tensor(patterns)
-    x = with_bits(bits, torch.float32)
-    assert torch.equal(quant.stored_bits(x), bits)
-    assert same_numbers(quant.value(bits, torch.float32), x.double())
+    assert same_numbers(quant.value(bits, torch.float32), with_bits(bits, torch.float32).double())
     sign, exponent, mantissa = quant.split_bits(bits, torch.float32)
     assert torch.equal(sign * 2**31 + exponent * 2**23 + mantissa, bits)
 
@@ -68,32 +83,38 @@ def test_rounding_at_every_number_and_midpoint(dtype):
     points = torch.cat((points, torch.tensor([torch.inf, -torch.inf, -0.0])))
     if dtype == torch.float8_e4m3fn and torch.tensor(1e4).to(dtype).isnan():
         points = points[points.abs() < 464]  # older torch overflows to NaN there
-    assert torch.equal(quant.round_to_bits(points, dtype), quant.stored_bits(points.to(dtype)))
+    assert torch.equal(quant.round_to_bits(points, dtype), stored_bits(points.to(dtype)))
 
 
-@settings(deadline=None, max_examples=300)
-@given(st.sampled_from((torch.float32, *NARROW)), st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50))
+@often(st.sampled_from((torch.float32, *NARROW)), st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50))
 def test_rounding_of_any_fp32_is_torchs_cast(dtype, patterns):
     """Any fp32 bits, subnormals, infinities and NaN among them, round to the bits of torch's cast; NaN stays NaN."""
     x = with_bits(torch.tensor(patterns), torch.float32)
     if dtype == torch.float8_e4m3fn and torch.tensor(1e4).to(dtype).isnan():
         x = x[x.abs() < 464]
-    found, expected = quant.round_to_bits(x, dtype), quant.stored_bits(x.to(dtype))
+    found, expected = quant.round_to_bits(x, dtype), stored_bits(x.to(dtype))
     assert torch.equal(found[~x.isnan()], expected[~x.isnan()])
     assert quant.value(found[x.isnan()], dtype).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, *NARROW))
-def test_limits_and_spacing(dtype):
-    """Range and precision are torch.finfo's, and `spacing` is the distance to the next number, at every magnitude."""
+def test_the_table_of_formats(dtype):
+    """Largest, smallest normal number and gap after 1 by their bit patterns: torch.finfo's and the docstring's."""
     info = torch.finfo(dtype)
-    largest, normal, subnormal, eps = quant.limits(dtype)
-    assert (largest, normal, eps) == (info.max, info.tiny, info.eps)
-    assert quant.value(torch.tensor(1), dtype) == subnormal  # the pattern 0...01
-    bits = torch.arange(2 ** (8 * dtype.itemsize - 1) - 1) if dtype.itemsize < 4 else torch.randint(2**31 - 2, (10**5,))
-    x, following = quant.value(bits, dtype), quant.value(bits + 1, dtype)
-    finite = following.isfinite()
-    assert torch.equal(quant.spacing(x[finite], dtype), (following - x)[finite])
+    exponent_bits, m, _ = quant.format_of(dtype)
+    assert 1 + exponent_bits + m == 8 * dtype.itemsize
+    one = quant.round_to_bits(torch.tensor(1.0), dtype)
+    gap = quant.value(one + 1, dtype) - 1
+    assert (quant.value(torch.tensor(1 << m), dtype), gap) == (info.tiny, info.eps)
+    largest = quant.round_to_bits(torch.tensor(torch.inf), dtype) - int(dtype != torch.float8_e4m3fn)
+    assert quant.value(largest, dtype) == info.max
+    name = {torch.float8_e4m3fn: "fp8 e4m3fn", torch.float8_e5m2: "fp8 e5m2"}.get(dtype)
+    name = name or {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    row = next(line for line in quant.__doc__.splitlines() if line.startswith(f"    {name} "))
+    *layout, large, normal, step = row.removeprefix(f"    {name}").split()[:6]
+    assert [len(bits) for bits in layout] == [1, exponent_bits, m]
+    assert float(large) == pytest.approx(info.max, rel=0.02) and float(normal) == pytest.approx(info.tiny, rel=0.05)
+    assert 2.0 ** int(step.removeprefix("2^")) == gap
 
 
 def test_golden_numbers_of_formats():
@@ -103,8 +124,15 @@ def test_golden_numbers_of_formats():
         (65519.0, torch.float16, 65504.0), (65520.0, torch.float16, math.inf), (2049.0, torch.float16, 2048.0),
     ):  # fmt: skip
         assert quant.value(quant.round_to_bits(torch.tensor(x), dtype), dtype) == expected
-    assert quant.limits(torch.bfloat16)[3] == 0.0078125 and quant.limits(torch.float16)[0] == 65504
-    assert quant.FORMATS[torch.float16] == (5, 10) and quant.FORMATS[torch.bfloat16] == (8, 7)
+
+
+def test_why_fp16_needs_loss_scaling_and_bf16_does_not():
+    """1e-8 is 0 in fp16 and kept in bf16; times 2^16 fp16 keeps it as well. fp16 ends at 3e-8 and 65520."""
+    kept = lambda x, dtype: quant.value(quant.round_to_bits(torch.tensor(x), dtype), dtype).item()  # noqa: E731
+    assert kept(1e-8, torch.float16) == kept(2.9e-8, torch.float16) == 0 < kept(3e-8, torch.float16)
+    assert kept(1e-8, torch.bfloat16) == pytest.approx(1e-8, rel=2**-8)
+    assert kept(1e-8 * 2**16, torch.float16) / 2**16 == pytest.approx(1e-8, rel=2**-11)
+    assert kept(65519.0, torch.float16) == 65504 and kept(65520.0, torch.float16) == math.inf
 
 
 # ----------------------------------------------------------------------------------------------------- drawing tensors
@@ -145,24 +173,23 @@ groupings = st.one_of(st.sampled_from(("tensor", "row")), st.integers(1, 300))
 block_sizes = st.sampled_from((2, 32, 64, 100, 128, 4096))
 
 
-def spread(scale, by, shape):
+def spread(scale, granularity, shape):
     """The scale of each number."""
     n = math.prod(shape)
-    size = {"tensor": n, "row": shape[-1]}.get(by, by)
+    size = {"tensor": n, "row": shape[-1]}.get(granularity, granularity)
     return scale.flatten().repeat_interleave(size)[:n].view(shape)
 
 
 # ----------------------------------------------------------------------------------------------------------------- int8
 
 
-@settings(deadline=None, max_examples=200)
-@given(tensors(), groupings)
-def test_int8_absmax_is_off_by_half_a_scale(x, by):
+@often(tensors(), groupings)
+def test_int8_absmax_is_off_by_half_a_scale(x, granularity):
     """|x - q · scale| <= scale/2 for every shape, type, magnitude and grouping; no -128, and no sign flips."""
-    q, scale = quant.quantize_int8(x, by)
+    q, scale = quant.quantize_int8(x, granularity)
     assert q.dtype == torch.int8 and q.shape == x.shape and scale.dtype == torch.float32 and q.min() >= -127
-    s = spread(scale, by, x.shape).double()
-    decoded = quant.dequantize_int8(q, scale, by, torch.float64)  # 7 bits by 24: exact
+    s = spread(scale, granularity, x.shape).double()
+    decoded = quant.dequantize_int8(q, scale, granularity, torch.float64)  # 7 bits by 24: exact
     # The quotient is rounded once in fp64. At ±127 scale's own rounding, ε/2 of it, counts 127-fold only where |x| is
     # the maximum itself, which is far from a half.
     normal = s >= TINY
@@ -170,7 +197,7 @@ def test_int8_absmax_is_off_by_half_a_scale(x, by):
     assert (x.double() * decoded >= 0).all()
     # and in fp32 or narrower that number is rounded once
     for dtype in FLOATS:
-        assert torch.equal(quant.dequantize_int8(q, scale, by, dtype), decoded.float().to(dtype))
+        assert torch.equal(quant.dequantize_int8(q, scale, granularity, dtype), decoded.float().to(dtype))
 
 
 @pytest.mark.parametrize("wrong", ["row", "tensor", 32])
@@ -183,7 +210,7 @@ def test_scales_of_other_groups_are_refused(wrong):
         quant.dequantize_zero_point(*quant.quantize_zero_point(x, 64), wrong)
 
 
-@given(st.integers(1, 300), st.sampled_from([32, 64, 128]), st.integers(1, 300), st.sampled_from([32, 64, 128]))
+@often(st.integers(1, 300), st.sampled_from([32, 64, 128]), st.integers(1, 300), st.sampled_from([32, 64, 128]))
 def test_nf4_of_another_size_is_refused(n, block_size, m, other):
     """NF4 read with a size or block that its bytes and scales do not fit is refused, never filled with garbage."""
     packed, scale = quant.quantize_nf4(torch.randn(n), block_size)
@@ -194,29 +221,27 @@ def test_nf4_of_another_size_is_refused(n, block_size, m, other):
             quant.dequantize_nf4(packed, scale, (m,), block_size=other)
 
 
-@settings(deadline=None, max_examples=100)
-@given(subnormals(), groupings)
-def test_int8_of_subnormals_is_finite(x, by):
+@often(subnormals(), groupings)
+def test_int8_of_subnormals_is_finite(x, granularity):
     """Below the normal numbers a scale loses its digits, but nothing is lost to 0/0, and no sign flips."""
     for decoded in (
-        quant.dequantize_int8(*quant.quantize_int8(x, by), by, torch.float64),
-        quant.dequantize_zero_point(*quant.quantize_zero_point(x, by), by, torch.float64),
+        quant.dequantize_int8(*quant.quantize_int8(x, granularity), granularity, torch.float64),
+        quant.dequantize_zero_point(*quant.quantize_zero_point(x, granularity), granularity, torch.float64),
     ):
         assert (decoded * x.double() >= 0).all() and decoded.abs().max() <= 256 * x.abs().max().double()
 
 
-@settings(deadline=None, max_examples=200)
-@given(tensors(), groupings)
-def test_zero_point_holds_zero_and_is_off_by_a_scale(x, by):
+@often(tensors(), groupings)
+def test_zero_point_holds_zero_and_is_off_by_a_scale(x, granularity):
     """|x - x̂| <= scale, 0 comes back as 0, and the range from the lowest to the highest number includes 0."""
-    q, scale, zero = quant.quantize_zero_point(x, by)
+    q, scale, zero = quant.quantize_zero_point(x, granularity)
     assert q.dtype == zero.dtype == torch.int8 and q.shape == x.shape
-    s = spread(scale, by, x.shape).double()
-    decoded = quant.dequantize_zero_point(q, scale, zero, by, torch.float64)
+    s = spread(scale, granularity, x.shape).double()
+    decoded = quant.dequantize_zero_point(q, scale, zero, granularity, torch.float64)
     assert ((x.double() - decoded).abs() <= s)[s >= TINY].all()
     assert (decoded[x == 0] == 0).all()
     # what the codes -128 and 127 stand for: the ends of the range, each up to half a scale off, and 0 between them
-    ends = [spread((end - zero.double()) * scale, by, x.shape) for end in (-128, 127)]
+    ends = [spread((end - zero.double()) * scale, granularity, x.shape) for end in (-128, 127)]
     assert (ends[0] <= 0).all() and (ends[1] >= 0).all()
     assert ((ends[0] <= x.double() + 0.51 * s) & (ends[1] >= x.double() - 0.51 * s))[s >= TINY].all()
 
@@ -237,8 +262,8 @@ def test_smaller_groups_confine_an_outlier():
     x = torch.randn(64, 256)
     x[3, 7] = 100
     expected = {"tensor": x.numel(), "row": 256, 64: 64}
-    for by, spoilt in expected.items():
-        error = (quant.dequantize_int8(*quant.quantize_int8(x, by), by) - x).abs()
+    for granularity, spoilt in expected.items():
+        error = (quant.dequantize_int8(*quant.quantize_int8(x, granularity), granularity) - x).abs()
         # under a scale of 100/127 errors are uniform up to 0.39; under the others' at most 5/254
         assert 0.8 * spoilt <= (error > 0.02).sum() / 0.95 <= 1.05 * spoilt
 
@@ -249,14 +274,58 @@ GAPS = torch.tensor(quant.NF4).double().diff()
 
 
 def test_codebook_is_its_derivation():
-    """The constants are the derived ones to 1e-7: 7 below an exact zero and 8 above, from -1 to 1."""
+    """The constants are the derived ones to 1e-7: 7 below an exact zero and 8 above, the outermost at 0.9677083."""
     codes = torch.tensor(quant.NF4)
+    outermost = 1 - (1 / 32 + 1 / 30) / 2
+    assert round(outermost, 7) == 0.9677083
+    # The second level is then the quantile one step further in: positive ones in 8 steps from 1/2, negative in 7
+    Q = statistics.NormalDist().inv_cdf
+    for steps, code in ((8, codes[14]), (7, -codes[1])):
+        step = (outermost - 0.5) / steps
+        assert Q(outermost - step) / Q(outermost) == pytest.approx(code.item(), abs=1e-6)
     assert (quant.normal_float() - codes).abs().max() <= 1e-7
     assert codes[7] == 0 and codes[0] == -1 and codes[15] == 1 and (codes.diff() > 0).all()
 
 
-@settings(deadline=None, max_examples=200)
-@given(st.one_of(tensors(), subnormals()), block_sizes)
+def test_a_block_by_hand():
+    """The docstring's block: 0.3, -2, 0, 1 are stored as 0x90 0x7c and 2, and come back as 0.3219, -2, 0, 0.8814."""
+    packed, absmax = quant.quantize_nf4(torch.tensor([0.3, -2.0, 0.0, 1.0]))
+    assert (packed.tolist(), absmax.tolist()) == ([0x90, 0x7C], [2])
+    back = quant.dequantize_nf4(packed, absmax, (4,)).tolist()
+    assert [round(x, 4) for x in back] == [0.3219, -2, 0, 0.8814]
+
+
+@often(st.one_of(tensors(), subnormals()), block_sizes, st.sampled_from(FLOATS))
+def test_dequantizing_plainly_and_fast_is_the_same(x, block_size, dtype):
+    """One lookup per byte gives to the bit what unpacking the nibbles and codes[q] · absmax give."""
+    packed, absmax = quant.quantize_nf4(x, block_size)
+    plain = quant.dequantize_nf4_plain(packed, absmax, x.shape, block_size)
+    assert torch.equal(quant.dequantize_nf4(packed, absmax, x.shape, dtype, block_size), plain.to(dtype))
+
+
+@often(tensors(smallest=-20, largest=20), block_sizes)
+def test_each_weight_gets_its_nearest_code(x, block_size):
+    """q = argmin_i |x / absmax - codes[i]|, computed in fp64, but where x / absmax is a midpoint to fp32's rounding."""
+    packed, absmax = quant.quantize_nf4(x, block_size)
+    q = torch.stack((packed >> 4, packed & 15), 1).flatten()[: x.numel()].long()
+    codes, s = torch.tensor(quant.NF4).double(), spread(absmax, block_size, (x.numel(),)).double()
+    scaled = torch.where(s > 0, x.double().flatten() / s, 0)
+    expected = (scaled[:, None] - codes).abs().argmin(1)
+    # The reciprocal and the product, or the quotient, are rounded by ε/2 each, and so is the midpoint
+    near = (scaled - (codes[q] + codes[expected]) / 2).abs() <= 3 * EPS
+    assert ((q == expected) | near).all()
+
+
+def test_nearest_at_midpoints():
+    """fp32's next number on either side of a midpoint has the nearer code's index, the midpoint the lower one's."""
+    codes = torch.tensor(quant.NF4)
+    middle, lower = (codes[:-1] + codes[1:]) / 2, torch.arange(15)
+    below, above = middle.nextafter(codes[:-1]), middle.nextafter(codes[1:])
+    for x, expected in ((below, lower), (middle, lower), (above, lower + 1)):
+        assert torch.equal(quant.nearest(x, codes).long(), expected)
+
+
+@often(st.one_of(tensors(), subnormals()), block_sizes)
 def test_nf4_error_sign_and_order(x, block_size):
     """|x - x̂| <= half the widest gap · block maximum; no sign flips; what was larger in a block is not smaller now."""
     packed, scale = quant.quantize_nf4(x, block_size)
@@ -276,8 +345,7 @@ def test_nf4_error_sign_and_order(x, block_size):
         assert after.abs().max() == before.abs().max()
 
 
-@settings(deadline=None, max_examples=150)
-@given(st.one_of(tensors(), subnormals()), block_sizes, st.sampled_from(FLOATS))
+@often(st.one_of(tensors(), subnormals()), block_sizes, st.sampled_from(FLOATS))
 def test_a_decoded_tensor_is_quantized_to_itself(x, block_size, dtype):
     """Quantizing what was decoded, in whatever type, gives the same scales and numbers, and, if normal, bytes."""
     assume(x.to(dtype).isfinite().all())
@@ -291,8 +359,7 @@ def test_a_decoded_tensor_is_quantized_to_itself(x, block_size, dtype):
         assert torch.equal(packed, packed_again)
 
 
-@settings(deadline=None, max_examples=150)
-@given(tensors(dtypes=(torch.float32, torch.bfloat16)), st.sampled_from((torch.float32, torch.bfloat16)))
+@often(tensors(dtypes=(torch.float32, torch.bfloat16)), st.sampled_from((torch.float32, torch.bfloat16)))
 def test_double_quantization_keeps_the_nibbles(x, dtype):
     """Decoded with scales in 8 bits and quantized again, a tensor has the nibbles that it had."""
     packed, scale = quant.quantize_nf4(x)
@@ -305,8 +372,7 @@ def test_double_quantization_keeps_the_nibbles(x, dtype):
     assert torch.equal(again, packed)
 
 
-@settings(deadline=None, max_examples=150)
-@given(st.integers(1, 2000), st.integers(-30, 30), st.floats(0, 3))
+@often(st.integers(1, 2000), st.integers(-30, 30), st.floats(0, 3))
 def test_scales_in_8_bits(n, magnitude, width):
     """A scale comes back to 0.71 % of the largest distance from the mean among its 256, and the mean itself exactly."""
     scale = torch.rand(n, generator=torch.Generator().manual_seed(n)) * width + 1
@@ -338,10 +404,9 @@ def test_bits_per_parameter(shape):
 
 
 def test_golden_bytes():
-    """[1, -1, 0, 0.5] is f0 7c and decodes to 0.4407 at the end; midpoints go down; an odd one out is paired with 7."""
+    """[1, -1, 0, 0.5] is f0 7c; midpoints go down; an odd one out is paired with 7, the code of 0."""
     packed, scale = quant.quantize_nf4(torch.tensor([1, -1, 0, 0.5]))
     assert packed.tolist() == [0xF0, 0x7C] and scale.tolist() == [1]
-    assert quant.dequantize_nf4(packed, scale, (4,)).tolist() == [1, -1, 0, quant.NF4[12]]
     codes = torch.tensor(quant.NF4)
     middle = (codes[1:] + codes[:-1]) / 2
     packed, _ = quant.quantize_nf4(torch.cat((torch.ones(1), middle)))
@@ -351,16 +416,47 @@ def test_golden_bytes():
 
 
 def test_golden_errors():
-    """On N(0, 1) the RMS error is 0.0921 ± 0.001 in blocks of 64, with 8-bit scales as well, and 0.0059 in int8."""
+    """On N(0, 1), blocks of 64: RMS error 9.2 % in NF4, 8-bit absmax or not, int8 0.6 %, and 0.8 % in rows of 768.
+
+    Even 4-bit levels give 10.8 % from -7 to 7, and 9.1 % when all 16 span min to max with a zero-point.
+    """
     torch.manual_seed(0)
-    x = torch.randn(1000, 640)
-    packed, scale = quant.quantize_nf4(x)
-    rounded = quant.dequantize_scales(*quant.quantize_scales(scale))
-    for s in (scale, rounded):
-        error = quant.dequantize_nf4(packed, s, x.shape) - x
-        assert error.square().mean().sqrt().item() == pytest.approx(0.0921, abs=0.001)
-    error = quant.dequantize_int8(*quant.quantize_int8(x, 64), 64) - x
-    assert error.square().mean().sqrt().item() == pytest.approx(0.0059, abs=0.0002)
+    x = torch.randn(1000, 768)
+    packed, absmax = quant.quantize_nf4(x)
+    rounded = quant.dequantize_scales(*quant.quantize_scales(absmax))
+    rms = lambda back: (back.view(x.shape) - x).square().mean().sqrt().item()  # noqa: E731
+    assert rms(quant.dequantize_nf4(packed, absmax, x.shape)) == pytest.approx(0.0920, abs=0.0005)
+    assert rms(quant.dequantize_nf4(packed, rounded, x.shape)) == pytest.approx(0.0920, abs=0.0005)
+    assert rms(quant.dequantize_int8(*quant.quantize_int8(x, 64), 64)) == pytest.approx(0.0059, abs=0.0002)
+    assert rms(quant.dequantize_int8(*quant.quantize_int8(x))) == pytest.approx(0.0077, abs=0.0002)
+    blocks = x.view(-1, 64)
+    step = blocks.abs().amax(1, keepdim=True) / 7
+    assert rms((blocks / step).round() * step) == pytest.approx(0.1077, abs=0.0005)
+    step = (blocks.amax(1, keepdim=True) - blocks.amin(1, keepdim=True)) / 15
+    zero_point = (-blocks.amin(1, keepdim=True) / step).round()
+    q = ((blocks / step).round() + zero_point).clamp(0, 15)
+    assert rms((q - zero_point) * step) == pytest.approx(0.0911, abs=0.0005)
+
+
+def test_why_the_mean_is_subtracted():
+    """absmax is 2.6 ± 0.4; its 8 bits take 243 codes and lose 0.22 %, and without the mean 52 codes and 0.67 %.
+
+    bitsandbytes' grid of 2^16 numbers changes 2 codes in a thousand.
+    """
+    x = torch.randn(4096, 1024, generator=torch.Generator().manual_seed(0))
+    _, absmax = quant.quantize_nf4(x)
+    assert absmax.mean().item() == pytest.approx(2.6, abs=0.05) and absmax.std().item() == pytest.approx(0.42, abs=0.02)
+    q, scale2, mean = quant.quantize_scales(absmax)
+    codes = quant.dynamic_map(absmax.device)
+    raw = absmax.view(-1, 256)
+    raw_q = (raw / raw.amax(1, keepdim=True))[..., None].sub(codes).abs().argmin(-1)
+    without = (codes[raw_q] * raw.amax(1, keepdim=True)).flatten()
+    lost = lambda back: (back / absmax - 1).square().mean().sqrt().item()  # noqa: E731
+    assert lost(quant.dequantize_scales(q, scale2, mean)) == pytest.approx(0.0022, abs=0.0002)
+    assert lost(without) == pytest.approx(0.0067, abs=0.0003)
+    on_no_grid = quant.nearest((absmax - mean).view(-1, 256) / scale2[:, None], codes)
+    assert (on_no_grid.flatten() != q).float().mean().item() == pytest.approx(0.002, abs=0.0005)
+    assert abs(q.unique().numel() - 243) <= 8 and abs(raw_q.unique().numel() - 52) <= 3
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 128, 129, 64 * 6, 64 * 6 + 1, 64 * 7 + 63])
@@ -369,7 +465,7 @@ def test_pieces_do_not_show(n, monkeypatch):
     x = torch.randn(n)
     whole = quant.quantize_nf4(x), quant.dequantize_nf4(*quant.quantize_nf4(x), (n,))
     whole8 = quant.quantize_int8(x, 64), quant.dequantize_int8(*quant.quantize_int8(x, 64), 64)
-    monkeypatch.setattr(quant, "pieces", lambda group_size, device: 2)
+    monkeypatch.setattr(quant, "pieces", lambda *tensors: zip(*(t.split(2) for t in tensors)))
     packed, scale = quant.quantize_nf4(x)
     assert torch.equal(packed, whole[0][0]) and torch.equal(scale, whole[0][1])
     assert torch.equal(quant.dequantize_nf4(packed, scale, (n,)), whole[1])
@@ -381,8 +477,7 @@ def test_pieces_do_not_show(n, monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- misuse
 
 
-@settings(deadline=None, max_examples=100)
-@given(tensors(), st.sampled_from((math.inf, -math.inf, math.nan)), st.integers(0, 10**6))
+@often(tensors(), st.sampled_from((math.inf, -math.inf, math.nan)), st.integers(0, 10**6))
 def test_inf_and_nan_are_refused(x, bad, place):
     """One inf or NaN anywhere is refused by each of the three, with a message that names it."""
     x.view(-1)[place % x.numel()] = bad
@@ -404,6 +499,7 @@ def test_inf_and_nan_are_refused(x, bad, place):
         (lambda: quant.quantize_int8(torch.ones(4), 0), "not 0"),
         (lambda: quant.quantize_zero_point(torch.ones(4).long()), "int64"),
         (lambda: quant.dequantize_nf4(torch.zeros(2, dtype=torch.uint8), torch.ones(1).half(), (4,)), "cast a model"),
+        (lambda: quant.dequantize_nf4(torch.zeros(3, dtype=torch.uint8), torch.ones(1), (4,)), "3 bytes do not fit 4"),
         (lambda: quant.value(torch.tensor(1), torch.float64), "float64"),
     ],
 )
@@ -442,8 +538,10 @@ def test_what_is_quantized_needs_no_gradient(quantize):
     assert not any(t.requires_grad for t in quantize(torch.randn(4, 64, requires_grad=True)))
 
 
-def test_demonstration():
+def test_demonstration(capsys):
     """python nanopeft/quant.py prints the formats and the errors that the docstring claims."""
-    done = subprocess.run([sys.executable, quant.__file__], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "1 01101 0011001101" in done.stdout and "4.127 bits" in done.stdout
+    runpy.run_path(quant.__file__, run_name="__main__")
+    printed = capsys.readouterr().out
+    back = "bytes 90 7c tensor([ 0.3219, -2.0000,  0.0000,  0.8814])"
+    for claim in (back, "4.127 bits", "1 01101 0011001101, and 1e-8 is 0\n"):
+        assert claim in printed

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[1]
 SECTION = re.search(r"^## Paste it\n(.*?)^## ", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)[1]
 SCRIPT, *BLOCKS = re.findall(r"^```python\n(.*?)^```", SECTION, re.M | re.S)
-FILES = ("lora", "qlora", "adapter", "prefix", "prompt", "ptuning", "adamw", "wide")
+FILES = ("lora", "qlora", "adapter", "prefix", "prompt", "ptuning", "adamw")
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -77,6 +77,20 @@ def test_a_block_runs_beside_the_files_that_it_names(block, base, tmp_path, monk
     if "save_file" in block:
         saved = load_file(project / "adapter_model.safetensors")
         assert sum(t.numel() for t in saved.values()) > 0 and all(t.isfinite().all() for t in saved.values())
+
+
+def test_every_promise_has_its_test():
+    """Each row of the README's table of promises names tests that are there, and each file that it names is there."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| .* \| (`test.*) \|$", text[text.index("## What is promised") :], re.M)
+    assert len(rows) >= 13
+    for row in rows:
+        source = ""
+        for name in re.findall(r"`([^`]+)`", row):
+            path, _, test = name.rpartition("::") if "::" in name else ("", "", name)
+            if path or test.endswith(".py"):
+                source = (ROOT / ("" if "/" in (path or test) else "tests") / (path or test)).read_text("utf-8")
+            assert test.endswith(".py") or f"def {test}(" in source, name
 
 
 def test_the_files_import_torch_and_the_standard_library_alone():

@@ -12,7 +12,6 @@ import gc
 import math
 import os
 import pickle
-import runpy
 import select
 import signal
 import socket
@@ -38,12 +37,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from nanopeft import gpt, lora, zero
 from nanopeft.adamw import AdamW
+from nanopeft.trainer.checkpoint import load_gpt, save_gpt
 from nanopeft.zero import Error, ZeRO, zero_bytes, zero_traffic
 
 STAGES = (0, 1, 2, 3)
 KINDS = ("full", "lora", "top")  # what is trained
 SHAPE = dict(vocab_size=53, n_positions=9, n_embd=12, n_layer=3, n_head=3)  # divides by nothing much
 LIMIT = 60  # seconds for a job
+thorough = pytest.mark.thorough
 
 # ------------------------------------------------------------------------------------------------ jobs, in the workers
 
@@ -198,7 +199,7 @@ def train_odd(shapes, stage, rank=0, world=1, steps=3):
         engine.step()
     for flat in engine.trained:  # padding stays zero
         with engine.whole():
-            assert not flat.whole[sum(shape.numel() for shape in flat.shapes) :].any()
+            assert not flat.full[sum(shape.numel() for shape in flat.shapes) :].any()
     with engine.whole():
         return trained(model)
 
@@ -223,8 +224,8 @@ def alive():
     return min(readings)
 
 
-def everything(job, *arguments):
-    return {(kind, stage): globals()[job](kind, stage, *arguments) for kind in KINDS for stage in STAGES}
+def everything(job, kinds, *arguments):
+    return {(kind, stage): globals()[job](kind, stage, *arguments) for kind in kinds for stage in STAGES}
 
 
 def measure(kind, stage, dtype, offload):
@@ -238,10 +239,10 @@ def measure(kind, stage, dtype, offload):
     micro_step(model, engine, 1, 1, 4, rank, world)
     kept = alive() - before
     sizes = {"trained": [], "frozen": []}
-    for flat in engine.flats:
+    for flat in engine.flat_params:
         n = sum(shape.numel() for shape in flat.shapes)
         assert 0 <= flat.world * flat.size - n < world  # less than one element of padding on each rank
-        sizes["trained" if flat in engine.trained else "frozen"].append((flat.world * flat.size, flat.whole.itemsize))
+        sizes["trained" if flat in engine.trained else "frozen"].append((flat.world * flat.size, flat.full.itemsize))
     if stage < 3:
         sizes["frozen"] = [(p.numel(), p.itemsize) for p in model.parameters() if not p.requires_grad]
     return kept, sizes, sum(p.numel() for p in model_of(kind).parameters() if p.requires_grad)
@@ -287,9 +288,9 @@ def traffic(kind, stage, micro):
             micro_step(model, engine, step, micro, 4, rank, world)
             engine.step(1.0)
     sizes = [0, 0]
-    for flat in engine.flats:
+    for flat in engine.flat_params:
         sizes[flat in engine.trained] += world * flat.size
-    return sent, sizes, sum(p.numel() for p in model_of(kind).parameters() if p.requires_grad), len(engine.flats)
+    return sent, sizes, sum(p.numel() for p in model_of(kind).parameters() if p.requires_grad), len(engine.flat_params)
 
 
 class Watch(TorchDispatchMode):
@@ -325,32 +326,31 @@ def live_gradients(stage, vocabulary):
     engine = ZeRO(model, AdamW, groups_of(model), blocks=blocks_of(model), stage=stage, lr=0.01)
     zero.BUCKET = bucket
     watch, overlap = Watch(engine), []
-    for name in ("ready", "send", "arrive"):
+    for name in ("grad_ready", "reduce_scatter", "wait_and_accumulate"):
         real = getattr(engine, name)
 
         def wrapped(*args, real=real):
             watch.inside += 1
             real(*args)
             watch.inside -= 1
-            missing = sum(len(flat.waiting) for flat in engine.trained)
-            overlap.append((engine.gone, missing, engine.under_way is not None))
+            overlap.append((len(engine.queue), engine.in_flight is not None))
 
         setattr(engine, name, wrapped)
     ids, _ = batches_of(0, 1)[0]
     with watch:
         engine.backward(model(ids, labels=ids).loss)
     shards = max(flat.grad.nbytes for flat in engine.trained)
-    return watch.peak, shards, max(flat.whole.nbytes for flat in engine.trained), overlap, len(engine.queue)
+    return watch.peak, shards, max(flat.full.nbytes for flat in engine.trained), overlap, len(engine.trained)
 
 
 def blocks_held():
-    """Stage 3: at the start of each block's forward and backward, the units that have their memory or expect it."""
+    """Stage 3: at the start of each block's forward and backward, the units that are unsharded or in flight."""
     model = model_of("full")
     engine = ZeRO(model, AdamW, blocks=blocks_of(model), stage=3, lr=0.01)
-    held = []
+    held, there = [], lambda: sorted({f.unit for f in engine.flat_params if f.is_unsharded or f.in_flight is not None})
 
     def look(*_):
-        held.append(sorted({flat.unit for flat in engine.flats if flat.held}))
+        held.append(there())
 
     def look_again(module, args, output):
         if output.requires_grad:
@@ -362,37 +362,54 @@ def blocks_held():
     ids, _ = batches_of(0, 1)[0]
     between = [p.numel() for p in model.parameters()]
     loss = model(ids, labels=ids).loss
-    at_loss = sorted({flat.unit for flat in engine.flats if flat.held})
+    at_loss = there()
     engine.backward(loss)
     with torch.no_grad():
         model(ids)
-    return held, at_loss, between, [flat.held for flat in engine.flats]
+    flat = engine.units[1][0]
+    flat.unshard()
+    before = [p.numel() for p in flat.params]
+    flat.wait()
+    after = [p.shape for p in flat.params] == flat.shapes
+    flat.reshard()
+    return held, at_loss, between, there(), before, after
 
 
-def overflow(stage):
-    """fp16, where one element of one rank's gradient overflows in the second step: one shard sees it."""
+def overflow(stages):
+    """fp16 with the loss scaled by hand: in the second step a gradient of the last rank overflows, in one shard."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    model = model_of("full", torch.float16)
-    engine = ZeRO(model, AdamW, blocks=blocks_of(model), stage=stage, lr=0.01)
-    (ids, labels), seen, element = batches_of(0, 1)[0], [], torch.zeros(SHAPE["vocab_size"], SHAPE["n_embd"])
-    element[0, 0] = math.inf
-    spoilt = False
-    model.lm_head.weight.register_hook(lambda g: g + element.to(g.dtype) if spoilt else g)
-    for step in range(3):
-        spoilt = step == 1 and rank == world - 1
-        with engine.whole():
-            before = trained(model)
-        steps = [state["step"] for state in engine.optimizer.state.values()]
-        engine.backward(model(ids[rank::world], labels=labels[rank::world]).loss / world)
-        norm = engine.step(1.0)
-        with engine.whole():
-            moved = any(not torch.equal(before[name], p) for name, p in model.named_parameters())
-        counted = steps != [state["step"] for state in engine.optimizer.state.values()]
-        seen.append((math.isfinite(norm), moved, counted, engine.loss_scale, engine.clean))
-    spoilt, engine.clean = False, 999
-    engine.backward(model(ids, labels=labels).loss / world)
-    engine.step(1.0)
-    return seen, engine.loss_scale
+    results = []
+    for stage in stages:
+        model = model_of("full", torch.float16)
+        engine = ZeRO(model, AdamW, blocks=blocks_of(model), stage=stage, lr=0.01)
+        (ids, labels), seen, element = batches_of(0, 1)[0], [], torch.zeros(SHAPE["vocab_size"], SHAPE["n_embd"])
+        model.lm_head.weight.register_hook(lambda g, e=element: g + e.to(g.dtype))
+        for step, scale in enumerate((2.0**10, 2.0**9, 2.0**9)):
+            element[0, 0] = math.inf if step == 1 and rank == world - 1 else 0.0
+            with engine.whole():
+                before = trained(model)
+            steps = [state["step"] for state in engine.optimizer.state.values()]
+            engine.backward(model(ids[rank::world], labels=labels[rank::world]).loss / world * scale)
+            norm = engine.step(1.0, loss_scale=scale)
+            with engine.whole():
+                moved = any(not torch.equal(before[name], p) for name, p in model.named_parameters())
+            counted = steps != [state["step"] for state in engine.optimizer.state.values()]
+            seen.append((norm, moved, counted))
+        results.append(seen)
+    return results
+
+
+def scaled(stage, scale):
+    """fp32: norms and parameters with a scaled loss; powers of two round nothing."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = model_of("full", torch.float32)
+    engine, norms = ZeRO(model, AdamW, blocks=blocks_of(model), stage=stage, lr=0.01), []
+    for step in range(2):
+        ids, labels = batches_of(step, 1)[0]
+        engine.backward(model(ids[rank::world], labels=labels[rank::world]).loss / world * scale)
+        norms.append(engine.step(0.5, loss_scale=scale))
+    with engine.whole():
+        return trained(model), norms
 
 
 def narrow(stage, dtype, offload=None):
@@ -452,7 +469,7 @@ def saved(kind, stage, folder):
     with engine.whole():
         out = model(batches_of(0, 1)[0][0]).logits.detach()  # with as many passes as it likes, without the others
         if rank == 0 and kind == "full":
-            model.save_pretrained(folder)
+            save_gpt(model, folder)
         if rank == 0 and kind == "lora":
             torch.save(lora.lora_state_dict(model), f"{folder}/adapter.pt")
     return out
@@ -486,7 +503,7 @@ def anonymous(offload):
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what was freed and is only kept for later
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["RssAnon"].split()[0]) * 1024, sum(flat.size for flat in engine.flats)
+    return int(status["RssAnon"].split()[0]) * 1024, sum(flat.size for flat in engine.flat_params)
 
 
 def wrong(what):
@@ -502,6 +519,111 @@ def wrong(what):
     if what == "shape":
         state["transformer.wte.weight"] = {"master": torch.zeros(3, 3)}
     engine.load_state_dict(state)
+
+
+class Late(nn.Module):
+    """A head that reads the embedding's weight without calling the embedding, and ranks that arrive late."""
+
+    def __init__(self):
+        super().__init__()
+        self.wte, self.blocks = nn.Embedding(8, 8), nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, ids):
+        x = self.wte(ids)
+        for i, block in enumerate(self.blocks):
+            if i == 2:
+                time.sleep(0.1 * dist.get_rank())
+            x = torch.tanh(block(x))
+        return nn.functional.linear(x, self.wte.weight).logsumexp(-1).mean()
+
+
+def late(stage):
+    """Losses: of two forwards without gradients, two steps, and a forward that is looked at but not learned from."""
+    torch.manual_seed(0)
+    model, ids, losses = Late().double(), torch.arange(8), []
+    engine = ZeRO(model, torch.optim.SGD, blocks=model.blocks, stage=stage, lr=1.0)
+    for _ in range(2):
+        with torch.no_grad():
+            losses.append(model(ids).item())
+        engine.backward(model(ids) / dist.get_world_size())
+        model(ids)  # with gradients, and no backward follows
+        losses.append(engine.step())
+    return [*losses, model(ids).item()]
+
+
+def visits(stage):
+    """The bias after each step, of a layer that gets its gradient in two visits of one backward."""
+    model = nn.Sequential(nn.Linear(4, 4)).double()
+    nn.init.zeros_(model[0].bias)
+    engine = ZeRO(model, torch.optim.SGD, blocks=model, stage=stage, lr=1.0)
+    x, biases = torch.ones(1, 4, dtype=torch.float64, requires_grad=True), []
+    for _ in range(3):
+        loss = sum(checkpoint(model[0], k * x, use_reentrant=True).sum() for k in (1, 2))
+        engine.backward(loss / dist.get_world_size())
+        engine.step()
+        with engine.whole():
+            biases.append(-model[0].bias[0].item())
+    return biases
+
+
+class Gap(nn.Module):
+    """A block with a vector before its linear that only some ranks use, so the others have no gradient for it."""
+
+    def __init__(self, used):
+        super().__init__()
+        self.vector, self.linear, self.used = nn.Parameter(torch.ones(5)), nn.Linear(5, 5), used
+
+    def forward(self, x):
+        return torch.tanh(self.linear(x * self.vector if self.used else x))
+
+
+def gaps(users):
+    """The parameters after three steps of each stage, where the ranks in `users` alone use the vectors."""
+    rank, world, before, results = dist.get_rank(), dist.get_world_size(), None, []
+    x = torch.linspace(-1, 2, 30, dtype=torch.float64).view(6, 5)
+    for stage in STAGES:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(Gap(rank in users) for _ in range(3))).double()
+        engine = ZeRO(model, torch.optim.SGD, blocks=model, stage=stage, lr=0.5)
+        before = before or trained(model)
+        for _ in range(3):
+            engine.backward(model(x[rank::world]).square().sum() / len(x))
+            engine.step()
+        with engine.whole():
+            results.append(trained(model))
+    return before, results
+
+
+def long_norm(n, dtype):
+    """The norm that step() returns of a drawn gradient of n elements, and what it is in fp64."""
+    grad = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros_like(grad))
+    engine = ZeRO(model, torch.optim.SGD, blocks=[], stage=1, lr=1.0)
+    engine.backward((model.weight * grad).sum())
+    return engine.step(), sum(piece.double().square().sum() for piece in grad.split(1 << 20)).sqrt().item()
+
+
+def by_habit(stage):
+    """The errors of what works without an engine."""
+    model, x, errors = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.ones(1, 4), []
+    engine = ZeRO(model, torch.optim.SGD, blocks=model, stage=stage, lr=1.0)
+    for backward in (lambda: None, lambda: engine.backward(model(x).sum()), lambda: model(x).sum().backward()):
+        try:
+            backward()
+            engine.step()
+            errors.append(None)
+            engine.step()  # a second time
+        except Error as error:
+            errors.append(str(error))
+    return errors
+
+
+def fail(how):
+    """Rank 1 fails while the others wait for it in a collective."""
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL) if how == "killed" else 1 / 0
+    return zero.all_sum(1)
 
 
 def die():
@@ -526,6 +648,8 @@ def serve(sockets):
     zero.BUCKET = 1000  # so that a block of the small model makes more than one flat
     gc.freeze()  # what is there now needs no look at later
     mine = next((fd for fd in sockets[1:] if os.fork() == 0), sockets[0])
+    for fd in set(sockets) - {mine}:  # or the socket of a worker that dies stays open in the others
+        os.close(fd)
     file = socket.socket(fileno=mine).makefile("rwb")
     while True:
         try:
@@ -574,21 +698,25 @@ class Ranks:
         for rank, file in enumerate(self.files[:world]):
             pickle.dump((name, arguments, settings, rank, world, path), file)
             file.flush()
-        deadline, answers = time.monotonic() + LIMIT, []
-        for own, file in zip(self.sockets[:world], self.files):
-            ready, _, _ = select.select([own], [], [], max(0, deadline - time.monotonic()))
+        deadline, answers, files = time.monotonic() + LIMIT, {}, dict(zip(self.sockets[:world], self.files))
+        while len(answers) < world:
+            ready, _, _ = select.select([*files], [], [], max(0, deadline - time.monotonic()))
             if not ready:
-                self.stop()
-                raise TimeoutError(f"{name} on {world} ranks did not end in {LIMIT} s")
-            try:
-                answers.append(pickle.load(file))
-            except EOFError:
-                self.stop()
-                raise
-        errors = [error for error, _ in answers if error]
+                break
+            for own in ready:
+                try:
+                    answers[self.sockets.index(own)] = pickle.load(files.pop(own))
+                except (EOFError, ConnectionError, pickle.UnpicklingError):
+                    answers[self.sockets.index(own)] = f"rank {self.sockets.index(own)} died", None
+            if any(error for error, _ in answers.values()):
+                deadline = min(deadline, time.monotonic() + 3)  # the others wait for the one that failed: not for long
+        errors = [error for error, _ in answers.values() if error]
+        if len(answers) < world or any(error.endswith(" died") for error in errors):
+            self.stop()
+            errors = errors or [f"{name} on {world} ranks did not end in {LIMIT} s"]
         if errors:
             raise RuntimeError("\n".join(errors))
-        return [result for _, result in answers]
+        return [answers[rank][1] for rank in range(world)]
 
 
 @pytest.fixture(scope="module")
@@ -622,6 +750,23 @@ def test_limits_and_items():
     assert [sum(zero_traffic(n, 4, s).values()) for s in STAGES] == [3 * n // 2, 3 * n // 2, 3 * n // 2, 9 * n // 4]
 
 
+def test_what_to_take():
+    """64 GB on each of 8 GPUs hold the states of 4.0B, 11.6B, 17.1B and 32B; on fewer than 7 ranks stage 2 + offload
+    keeps less than stage 3; 7B on 8 sends 24.5 GB, and 36.75 GB in stage 3."""
+    for stage, billions in zip(STAGES, (4.0, 11.6, 17.1, 32.0)):
+        most = 64e9 / (sum(zero_bytes(8 * 10**9, 8, stage).values()) / 8e9)
+        assert round(most / 1e9, 1) == billions
+    n = 7 * 6 * 5 * 4 * 10**6
+    for world in range(1, 13):
+        offloaded = zero_bytes(n, world, 2, offload="cpu")
+        on_device = sum(offloaded.values()) - offloaded["offloaded"]
+        assert (on_device < sum(zero_bytes(n, world, 3).values())) == (world < 7)
+    sent = [2 * sum(zero_traffic(7 * 10**9, 8, stage).values()) / 1e9 for stage in STAGES]
+    assert sent == [24.5, 24.5, 24.5, 36.75]
+    seconds_of_a_gather, seconds_of_a_block = 2 * n / 25e9, 2 * n * 16_000 / 400e12
+    assert seconds_of_a_gather == pytest.approx(seconds_of_a_block)
+
+
 @pytest.mark.parametrize("world", [1, 2, 8])
 def test_on_one_rank_nothing_is_won(world):
     """One rank keeps 16 bytes in every stage and sends nothing; more ranks never keep more in a higher stage."""
@@ -642,10 +787,12 @@ def largest(one, other):
 # In fp64 one rounding is 1.1e-16 of numbers of about 1. The gradient of a mean over tokens is a sum in another order:
 # some ten roundings, divided by √v + ε with ε = 1e-4 where the gradient itself is 0 (the bias of the keys), times
 # lr = 0.01: 1e-15 in a step, which 20 steps of a smooth loss may double a few times.
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("how", [{}, dict(micro=2, clip=0.3)], ids=["plain", "clipping and accumulation"])
+@pytest.mark.parametrize("world, how", [
+    (3, dict(steps=5, micro=2, clip=0.3)),
+    *(pytest.param(world, how, marks=thorough) for world in (1, 2, 3, 4) for how in ({}, dict(micro=2, clip=0.3))),
+], ids=str)  # fmt: skip
 def test_equals_one_process(ranks, world, how):
-    """After 20 steps each stage has the parameters and norms of one process on the whole batch, on every rank."""
+    """After some steps each stage has the parameters and norms of one process on the whole batch, on every rank."""
     expected, norms = alone("full", **how)
     for results in ranks.job(world, "train_all", "full", **how):
         for params, seen in results:
@@ -656,77 +803,136 @@ def test_equals_one_process(ranks, world, how):
         assert min(norms) > 0.3  # clipping had something to do
 
 
-@pytest.mark.parametrize("kind", ["lora", "top"])
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("kind, world", [
+    ("lora", 2), ("top", 3), pytest.param("lora", 3, marks=thorough), pytest.param("top", 2, marks=thorough)
+])  # fmt: skip
 def test_frozen_parameters(ranks, kind, world):
     """With LoRA, and with the top alone trained, each stage equals one process, and what is frozen does not move."""
-    expected, norms = alone(kind, steps=5, clip=0.5)
-    for results in ranks.job(world, "train_all", kind, steps=5, clip=0.5):
+    expected, norms = alone(kind, steps=3, clip=0.5)
+    for results in ranks.job(world, "train_all", kind, steps=3, clip=0.5):
         for params, seen in results:
             assert largest(params, expected) < 1e-12
             assert seen == pytest.approx(norms, rel=1e-12)
 
 
-@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "AdamW"])
+@pytest.mark.parametrize("optimizer", [
+    "SGD", *(pytest.param(name, marks=thorough) for name in OPTIMIZERS if name not in ("AdamW", "SGD"))
+])  # fmt: skip
 def test_any_elementwise_optimizer(ranks, optimizer):
     """torch's own optimizers, with their groups, do on shards what they do on whole parameters."""
-    expected, _ = alone("full", steps=5, optimizer=optimizer)
-    for params, _ in ranks.job(3, "train_all", "full", steps=5, optimizer=optimizer)[0]:
+    expected, _ = alone("full", steps=3, optimizer=optimizer)
+    for params, _ in ranks.job(2, "train_all", "full", steps=3, optimizer=optimizer)[0]:
         assert largest(params, expected) < 1e-12
 
 
-@pytest.mark.parametrize("offload", ["cpu", "disk"])
+@pytest.mark.parametrize("offload", ["disk", pytest.param("cpu", marks=thorough)])
 def test_offload_equals(ranks, offload):
     """Where the optimizer's state lies changes nothing."""
-    expected, _ = alone("full", steps=5, clip=0.5)
-    for params, _ in ranks.job(2, "train_all", "full", steps=5, clip=0.5, offload=offload)[0]:
+    expected, _ = alone("full", steps=3, clip=0.5)
+    for params, _ in ranks.job(2, "train_all", "full", steps=3, clip=0.5, offload=offload)[0]:
         assert largest(params, expected) < 1e-12
 
 
-@pytest.mark.parametrize("world, dtype", [(2, "float32"), (3, "float32"), (3, "bfloat16"), (4, "float32")])
+@pytest.mark.parametrize("world, dtype", [
+    (3, "bfloat16"), *(pytest.param(world, "float32", marks=thorough) for world in (2, 3, 4))
+])  # fmt: skip
 def test_same_bits_in_stages_1_to_3(ranks, dtype, world):
     """Stages 1, 2 and 3 give the same bits on the same ranks, and all ranks have the same."""
-    results = ranks.job(world, "train_all", "full", (1, 2, 3), dtype=dtype, steps=6)
+    results = ranks.job(world, "train_all", "full", (1, 2, 3), dtype=dtype, steps=4)
     first, expected = results[0][0]
     for params, norms in (stage for rank in results for stage in rank):
         assert all(torch.equal(params[name], p) for name, p in first.items())
         assert norms == expected
 
 
-@given(
-    shapes=st.lists(
-        st.lists(st.lists(st.integers(1, 7), max_size=3).map(tuple), min_size=1, max_size=4), min_size=1, max_size=4
-    ),
-    world=st.integers(1, 4),
+SHAPES = st.lists(
+    st.lists(st.lists(st.integers(1, 7), max_size=3).map(tuple), min_size=1, max_size=4), min_size=1, max_size=4
 )
-@settings(deadline=None, max_examples=15)
-def test_shapes_that_divide_by_nothing(ranks, shapes, world):
-    """Whatever the shapes, scalars among them, each stage equals one process; padding stays zero; a block may recompute
-    its forward in backward, and a parameter may have no gradient."""
+
+
+def check_odd(ranks, shapes, world):
     expected = train_odd(shapes, None)
     for result in ranks.job(world, "odd", shapes):
         for params in result:
             assert largest(params, expected) < 1e-12
 
 
+def test_shapes_that_divide_by_nothing(ranks):
+    """Whatever the shapes, scalars among them, each stage equals one process; padding stays zero; a block may recompute
+    its forward in backward, and a parameter may have no gradient."""
+    check_odd(ranks, [[(5, 3), (), (7,)], [(2, 1, 3), (1,)], [(4,)]], 3)
+
+
+@thorough
+@given(shapes=SHAPES, world=st.integers(1, 4))
+@settings(deadline=None, max_examples=25)
+def test_any_shapes(ranks, shapes, world):
+    """The same for drawn shapes."""
+    check_odd(ranks, shapes, world)
+
+
 def test_loss_outside_the_model(ranks):
     """Logits, two passes before one backward and evaluation between: stage 3 finds its parameters in all of them."""
     expected = ranks.job(1, "plain_head", 0)[0]
-    for stage in STAGES:
+    for stage in (2, 3):
         assert largest(ranks.job(3, "plain_head", stage)[0], expected) < 1e-12
+
+
+def test_parameters_are_there_before_they_are_read(ranks):
+    """Stage 3 equals stage 2 where a late rank's parameters are read without a call of their module, and after a
+    forward with gradients that no backward follows."""
+    expected = ranks.job(2, "late", 2)[0]
+    assert expected[0] != expected[2]  # it learns
+    for losses in ranks.job(2, "late", 3):
+        assert losses == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_visits_in_one_backward(ranks, stage):
+    """A gradient that comes in two parts of one backward is in that step with both."""
+    assert ranks.job(2, "visits", stage) == [[2.0, 4.0, 6.0]] * 2
+
+
+@pytest.mark.parametrize("users", [(), (0,)], ids=str)
+def test_parameters_without_a_gradient(ranks, users):
+    """What no rank uses stays, what one rank uses learns, and each stage equals stage 0, on every rank."""
+    for before, (expected, *others) in ranks.job(2, "gaps", users):
+        for params in others:
+            assert largest(params, expected) < 1e-12
+        for name, p in before.items():
+            assert torch.equal(p, expected[name]) == ("vector" in name and not users)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_by_habit(ranks, stage):
+    """loss.backward() in place of engine.backward(loss), no backward, and step() twice are refused in one line."""
+    for nothing, once, twice, plain in ranks.job(2, "by_habit", stage):
+        assert once is None
+        assert all("call engine.backward(loss), not loss.backward()" in x for x in (nothing, twice, plain))
+
+
+@pytest.mark.parametrize("n, dtype", [
+    (4_000_000, "float32"), (100_000, "bfloat16"), pytest.param(38_597_376, "float32", marks=thorough)
+])  # fmt: skip
+def test_norm_of_a_long_gradient(ranks, n, dtype):
+    """The norm is within 1e-6 of fp64 at any length and dtype; one sum in fp32 may err by 1e-4 at 4M elements."""
+    norm, exact = ranks.job(1, "long_norm", n, dtype)[0]
+    assert norm == pytest.approx(exact, rel=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------- bytes, traffic
 
 
-BYTES = [(n, "bfloat16", None) for n in (1, 2, 3, 4)]
-BYTES += [(3, "float32", None), (2, "bfloat16", "cpu"), (3, "float32", "disk")]
+BYTES = [(3, "bfloat16", None, KINDS), (2, "float32", "disk", ("lora",))]
+BYTES += [pytest.param(n, "bfloat16", None, KINDS, marks=thorough) for n in (1, 2, 4)]
+BYTES += [pytest.param(*x, KINDS, marks=thorough) for x in ((3, "float32", None), (2, "bfloat16", "cpu"))]
+BYTES += [pytest.param(3, "float32", "disk", KINDS, marks=thorough)]
 
 
-@pytest.mark.parametrize("world, dtype, offload", BYTES, ids=str)
-def test_bytes_are_the_formulas(ranks, world, dtype, offload):
+@pytest.mark.parametrize("world, dtype, offload, kinds", BYTES, ids=str)
+def test_bytes_are_the_formulas(ranks, world, dtype, offload, kinds):
     """All tensors alive at the end of backward take the formula's bytes exactly, in each stage, whatever is trained."""
-    for results in ranks.job(world, "everything", "measure", dtype, offload):
+    for results in ranks.job(world, "everything", "measure", kinds, dtype, offload):
         for (kind, stage), (kept, sizes, n) in results.items():
             expected = 0
             for size, width in sizes["trained"]:
@@ -740,10 +946,13 @@ def test_bytes_are_the_formulas(ranks, world, dtype, offload):
             assert kept == expected, (kind, stage)
 
 
-@pytest.mark.parametrize("world, micro", [(1, 1), (2, 1), (3, 1), (4, 1), (3, 3)])
-def test_traffic_is_the_formulas(ranks, world, micro):
+@pytest.mark.parametrize("world, micro, kinds", [
+    (3, 1, KINDS), (2, 3, ("full",)),
+    *(pytest.param(world, micro, KINDS, marks=thorough) for world, micro in ((1, 1), (2, 1), (4, 1), (3, 3)))
+], ids=str)  # fmt: skip
+def test_traffic_is_the_formulas(ranks, world, micro, kinds):
     """The elements sent in a step are the formula's exactly: 2Ψ, 2Ψ, 2Ψ, 3Ψ times (N - 1)/N without accumulation."""
-    for results in ranks.job(world, "everything", "traffic", micro):
+    for results in ranks.job(world, "everything", "traffic", kinds, micro):
         for (kind, stage), (sent, (frozen, size), n, flats) in results.items():
             if stage == 0:  # without padding; each bucket's share is rounded here
                 assert sent["all_reduce"] == pytest.approx(2 * n * (world - 1) / world, abs=flats)
@@ -758,34 +967,37 @@ def test_traffic_is_the_formulas(ranks, world, micro):
                 assert 0 <= sum(sent.values()) - (3 if stage == 3 else 2) * psi <= 3 * world * flats
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("world, stage", [
+    (2, 2), *(pytest.param(world, stage, marks=thorough) for world, stage in ((1, 2), (3, 2), (1, 3), (2, 3), (3, 3)))
+])  # fmt: skip
 def test_live_gradients(ranks, world, stage):
-    """In backward never more than the shards and two buckets of gradients are alive, and buckets leave on the way."""
-    # Here all buckets are about as large as the largest, so that one under way takes nearly all of the room; biases
-    # and norms of a block (156), whose gradients wait for their last one, come on top.
+    """In backward never more than the shards and three buckets of gradients are alive, and buckets leave on the way."""
+    # The bucket under way is there as sent and as received, and the gradients of the next one gather. Biases and norms
+    # of a block (156), whose gradients wait for their last one, come on top. With a vocabulary of 400 one bucket is
+    # much larger than the others (of up to 600 elements): it alone is there twice.
     # Gloo's thread may let go of a bucket a moment late, more so on a busy machine: one run in forty must show it
-    for vocabulary, extra in ((53, 4 * 156), (400, 0)):
+    for vocabulary, factor, extra in ((53, 3, 4 * 156), (400, 2, 4 * (600 + 156))):
         for _ in range(40):
-            runs = ranks.job(world, "live_gradients", stage, vocabulary)
-            peak, _, bucket, overlap, total = runs[0]
+            peak, _, bucket, overlap, total = ranks.job(world, "live_gradients", stage, vocabulary)[0]
             assert bucket < peak
-            if peak <= 2 * bucket + extra:
+            if peak <= factor * bucket + extra:
                 break
-        assert peak <= 2 * bucket + extra
+        assert peak <= factor * bucket + extra
     # a bucket is under way while half of the gradients are still to come
-    assert any(under_way and missing > 20 for _, missing, under_way in overlap)
-    assert sum(1 for gone, _, _ in overlap if 0 < gone < total) > 10
+    assert any(under_way and left > total / 2 for left, under_way in overlap)
+    assert sum(1 for left, _ in overlap if 0 < left < total) > 10
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(1, marks=thorough), pytest.param(3, marks=thorough)])
 def test_blocks_are_there_when_needed(ranks, world):
-    """Stage 3 holds the block at work and the next one, the root for the head and in backward, and nothing after."""
-    for held, at_loss, between, after in ranks.job(world, "blocks_held"):
-        assert held[:3] == [[1, 2], [2, 3], [0, 3]]
-        assert at_loss == [0]
+    """Stage 3 holds the root, the block at work and the next one, and nothing between passes. Parameters have no
+    elements before their all-gather has ended."""
+    for held, at_loss, between, at_end, in_flight, waited in ranks.job(world, "blocks_held"):
+        assert held[:3] == [[0, 1, 2], [0, 2, 3], [0, 3]]
+        assert at_loss == []
         assert held[3:6] == [[0, 2, 3], [0, 1, 2], [0, 1]]
-        assert held[6:] == held[:3] and not any(between) and not any(after)
+        assert held[6:] == held[:3] and not any(between) and at_end == []
+        assert not any(in_flight) and waited
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
@@ -799,16 +1011,30 @@ def test_disk_takes_no_anonymous_memory(ranks):
 # -------------------------------------------------------------------------------------------------------------- 16 bits
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_overflow_is_agreed_on(ranks, stage):
-    """A gradient that overflows on one rank alone skips the step on all: no move, no count, half the loss scale."""
-    expected = [(True, True, True, 2.0**16, 1), (False, False, False, 2.0**15, 0), (True, True, True, 2.0**15, 1)]
-    for seen, scale in ranks.job(3, "overflow", stage):
-        assert seen == expected and scale == 2.0**16
+def test_overflow_is_agreed_on(ranks):
+    """A gradient that overflows on one rank alone skips the step on all: no move, no count, and a norm that says so."""
+    for results in ranks.job(3, "overflow", STAGES):
+        for (first, *fine), (spoilt, moved, counted), (_, *again) in results:
+            assert math.isfinite(first) and fine == again == [True, True]
+            assert not math.isfinite(spoilt) and not moved and not counted
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("dtype, offload", [("bfloat16", None), ("float16", "cpu"), ("bfloat16", "disk")], ids=str)
+@pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=thorough) for stage in (0, 1, 2))])
+def test_loss_scale(ranks, stage):
+    """With a scaled loss the norm returned is the true gradient's, clipping is by it, and the update is the same."""
+    (params, norms), *_ = ranks.job(2, "scaled", stage, 2.0**8)
+    (expected, unscaled), *_ = ranks.job(2, "scaled", stage, 1.0)
+    assert norms == unscaled and min(norms) > 0.5
+    assert largest(params, expected) < 1e-5  # the factor 0.5 / norm / scale is rounded apart from 0.5 / norm
+
+
+MASTERS = [(2, "float16", "cpu"), (3, "bfloat16", None), (1, "bfloat16", "disk")]
+ALL = [(s, *x) for s in STAGES for x in (("bfloat16", None), ("float16", "cpu"), ("bfloat16", "disk"))]
+
+
+@pytest.mark.parametrize("stage, dtype, offload", [
+    *MASTERS, *(pytest.param(*x, marks=thorough) for x in ALL if x not in MASTERS)
+], ids=str)  # fmt: skip
 def test_master_copy(ranks, stage, dtype, offload):
     """In 16 bits the parameters are the fp32 masters rounded, and 30 steps of about 1e-6 are not lost."""
     answers = ranks.job(2, "narrow", stage, dtype, offload)
@@ -820,8 +1046,8 @@ def test_master_copy(ranks, stage, dtype, offload):
 
 
 FORMS = [
-    ("float32", (0, None)), ("bfloat16", (1, None)), ("float32", (2, "disk")), ("bfloat16", (3, "cpu")),
-    ("float32", (3, None)),
+    ("float32", (2, "disk")), ("bfloat16", (3, "cpu")), pytest.param("float32", (0, None), marks=thorough),
+    pytest.param("bfloat16", (1, None), marks=thorough), pytest.param("float32", (3, None), marks=thorough),
 ]  # fmt: skip
 
 
@@ -835,10 +1061,13 @@ def test_resume_is_exact(ranks, tmp_path, dtype, form):
         assert all(torch.equal(params[name], p) for name, p in whole.items())
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize(
-    "n, first, m, second", [(3, (3, None), 2, (1, "disk")), (2, (2, "cpu"), 4, (3, None)), (4, (1, None), 1, (0, None))]
-)
+MOVES = [(3, (3, None), 2, (1, "disk")), (2, (2, "cpu"), 4, (3, None)), (4, (1, None), 1, (0, None))]
+
+
+@pytest.mark.parametrize("kind, n, first, m, second", [
+    ("full", *MOVES[0]), ("lora", *MOVES[1]),
+    *(pytest.param(kind, *move, marks=thorough) for kind in ("full", "lora") for move in MOVES),
+])  # fmt: skip
 def test_checkpoint_of_n_ranks_loads_on_m(ranks, tmp_path, kind, n, first, m, second):
     """A run stopped on N ranks goes on on M in another stage as if nothing had been; the checkpoint has no padding."""
     path = str(tmp_path / "state.pt")
@@ -855,15 +1084,15 @@ def test_checkpoint_of_n_ranks_loads_on_m(ranks, tmp_path, kind, n, first, m, se
         assert largest({n: s[key] for n, s in state.items()}, {n: s[key] for n, s in expected.items()}) < 1e-12
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=thorough) for stage in (0, 1, 2))])
 def test_saves_in_the_models_own_format(ranks, tmp_path, stage):
     """Inside whole() rank 0 saves a model that from_pretrained opens, or an adapter that loads: same logits."""
     ids = batches_of(0, 1)[0][0]
     out = ranks.job(3, "saved", "full", stage, str(tmp_path))
-    model = gpt.GPT.from_pretrained(tmp_path)
+    model = load_gpt(tmp_path)
     torch.testing.assert_close(model(ids).logits, out[1], rtol=1e-5, atol=1e-6)  # fp32, products in another order
     out = ranks.job(3, "saved", "lora", stage, str(tmp_path))
-    model = lora.add_lora(gpt.GPT.from_pretrained(tmp_path), r=3)
+    model = lora.add_lora(load_gpt(tmp_path), r=3)
     model.load_state_dict(model_of("lora", torch.float32).state_dict())
     lora.load_lora_state_dict(model, torch.load(tmp_path / "adapter.pt"))
     torch.testing.assert_close(model(ids).logits, out[1], rtol=1e-5, atol=1e-6)
@@ -895,6 +1124,20 @@ def test_refuses_before_anything_starts():
         ZeRO(model, AdamW, blocks=[], stage=1)
 
 
+@pytest.mark.parametrize("how, message", [
+    ("raises", "rank 1: (.|\n)*ZeroDivisionError"), pytest.param("killed", "rank 1 died", marks=thorough)
+])  # fmt: skip
+def test_a_failing_rank_ends_its_test(ranks, how, message):
+    """A rank that fails while the others wait for it ends the job within seconds, and the next job runs."""
+    ranks.job(3, "visits", 0)  # the processes have started
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=message):
+        ranks.job(3, "fail", how)
+    assert time.monotonic() - began < 10
+    assert ranks.job(2, "visits", 0) == [[2.0, 4.0, 6.0]] * 2
+
+
+@thorough
 def test_a_rank_that_dies_ends_all():
     """Under torchrun a killed rank ends all of them within 30 seconds, and the error names it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", __file__, "die"]
@@ -907,17 +1150,21 @@ def test_a_rank_that_dies_ends_all():
     assert "local_rank: 1" in done.stderr and "SIGKILL" in done.stderr
 
 
-def test_demonstration(capfd):
+def test_demonstration():
     """Run as a program the file prints the table of its docstring, and trains on two processes."""
-    runpy.run_path(zero.__file__, run_name="__main__")
-    printed = capfd.readouterr().out
+    # A program of its own: OpenMP deadlocks in what is forked from a process that has computed on several threads
+    done = subprocess.run(
+        [sys.executable, zero.__file__], capture_output=True, text=True, timeout=LIMIT, start_new_session=True
+    )
+    assert done.returncode == 0, done.stderr
     for claim in (
-        "stage 1:  38.5 =",
-        "stage 2: 26.25 =",
-        "stage 3:    14 =",
-        "stage 3: 24192 elements of m and v on each",
+        "stage 1:  38.5;",
+        "stage 2: 26.25;",
+        "stage 3:    14;",
+        "sends 36.75 GB",
+        "stage 3: 20160 elements of m and v on each",
     ):
-        assert claim in printed
+        assert claim in done.stdout
 
 
 if __name__ == "__main__":

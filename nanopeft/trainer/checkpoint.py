@@ -1,29 +1,31 @@
 # SPDX-License-Identifier: MIT
 """All that a run reads from the disk and writes to it. Only here is a file distrusted: it may be damaged or hostile.
 
-    a base      config.json and model.safetensors, as Hugging Face's GPT-2 has them; for its tokenizer see tokenizer.py
+    a base          config.json, model.safetensors: a GPT-2 as Hugging Face stores it (tokenizer: tokenizer.py)
+    an adapter      adapter_config.json, adapter_model.safetensors: in peft's format
+    a run's state   state.safetensors: trained parameters, Adam's state and the progress, with a checksum
 """
 
 import json
 import math
 import os
+import re
+import zlib
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from nanopeft import gpt
+from nanopeft.trainer import Error, Failure
 
 HUB = {
     "gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-medium",
     "gpt2-large": "openai-community/gpt2-large", "gpt2-xl": "openai-community/gpt2-xl",
     "distilgpt2": "distilbert/distilgpt2",
 }  # fmt: skip
-
-
-class Error(ValueError):
-    """A file or folder that cannot be used; the message says what would be right."""
 
 
 # --------------------------------------------------------------------------------------------------------------- bases
@@ -125,7 +127,7 @@ def read_config(path):
     sizes = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
     for key, default in sizes.items():
         sizes[key] = config.get(key, default)
-        most = 1000 if key == "n_layer" else 1 << 20  # layers are built before the file is read
+        most = 1000 if key == "n_layer" else 1 << 20  # the layers are built before the tensors are read
         if type(sizes[key]) is not int or not 0 < sizes[key] <= most:
             raise Error(f"{path}: {key} must be an integer from 1 to {most}, not {sizes[key]!r}")
     required = {
@@ -143,3 +145,218 @@ def read_config(path):
         if type(token) is not int or token < 0:
             raise Error(f"{path}: {key} must be the number of a token, not {token!r}")
     return {**sizes, "layer_norm_epsilon": epsilon, **tokens}
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+
+def write(path, content):
+    """A file that is there whole or not at all. content: bytes, or a function that writes to the path it is given."""
+    new = path.with_name(path.name + ".new")
+    try:
+        new.write_bytes(content) if isinstance(content, bytes) else content(new)
+        os.replace(new, path)
+    except (OSError, SafetensorError) as error:  # the disk is full, say
+        new.unlink(missing_ok=True)
+        raise Failure(f"{path} cannot be written, and stays as it was: {error}; --resume then goes on") from None
+
+
+def make_folder(path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Error(f"--out {path} cannot be a folder: {error}") from None
+
+
+def save_adapter(folder, state, config):
+    state = {key: p.cpu().contiguous() for key, p in state.items()}
+    write(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
+    write(folder / "adapter_model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
+
+
+def read_adapter(folder):
+    """(config, state) of an adapter's folder."""
+    folder = Path(folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not os.path.isfile(folder / name):  # a pipe would be waited for
+            raise Error(f"{folder} holds no adapter: there is no file {name}")
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        state = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError, RecursionError) as error:
+        raise Error(f"{folder} holds no adapter: {error}") from None
+    if not isinstance(config, dict):
+        raise Error(f"{folder / 'adapter_config.json'} must hold an object, not {config!r}")
+    for key, t in state.items():
+        if not t.is_floating_point() or t.element_size() < 2:
+            raise Error(f"{folder / 'adapter_model.safetensors'}: {key} is {t.dtype}, which holds no trained numbers")
+    return config, state
+
+
+# What follows reads one kind of adapter_config.json, ours or peft's, into arguments for the technique file's function.
+
+
+def require(config, allowed):
+    """Raises Error for a key whose value is not among the allowed ones. The first of these is the default."""
+    for key, values in allowed.items():
+        if config.get(key, values[0]) not in values:
+            raise Error(f"adapter_config.json: {key} = {config[key]!r} is not supported, only {values}")
+
+
+def read_fields(config, fields):
+    """{argument: value} by rows of (argument, key, types, default)."""
+    found = {}
+    for argument, key, types, default in fields:
+        found[argument] = config.get(key, default)
+        if type(found[argument]) not in types:  # isinstance would take True for a rank of 1
+            raise Error(f"adapter_config.json: {key} cannot be {found[argument]!r}")
+    return found
+
+
+def check_targets(targets):
+    """Names, or a regular expression: that tries each way to share a name among its repeats, and may take years."""
+    if isinstance(targets, list) and not all(isinstance(target, str) for target in targets):
+        raise Error(f"adapter_config.json: target_modules must be a list of names, not {targets!r}")
+    pattern = targets if isinstance(targets, str) else ""
+    repeats, choices = re.findall(r"[*+?{]", pattern), re.findall(r"[|(]", pattern)
+    if len(repeats) > 4 or len(choices) > 12 or re.search(r"\)[*+{]", pattern):
+        message = "has too many repeats or choices, or repeats a group: list the names"
+        raise Error(f"adapter_config.json: {pattern!r} {message}")
+
+
+# What peft's LoRA can do and lora.py does not: each must be absent or empty in a config.
+UNSUPPORTED = (
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "exclude_modules", "kasa_config", "layer_replication",
+    "layers_to_transform", "lora_bias", "modules_to_save", "monteclora_config", "target_parameters",
+    "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora",
+)  # fmt: skip
+
+
+def lora_arguments(config):
+    """add_lora's arguments."""
+    for key in UNSUPPORTED:
+        if config.get(key):
+            raise Error(f"adapter_config.json: {key} = {config[key]!r} is not supported")
+    # The other ways to start (pissa, olora, corda, loftq, ...) change the base weights as well
+    require(config, {"bias": ["none"], "init_lora_weights": [True, False, "gaussian", "orthogonal", "eva"]})
+    fields = [
+        ("targets", "target_modules", (str, list), None), ("r", "r", (int,), 8),
+        ("alpha", "lora_alpha", (int, float), 8), ("dropout", "lora_dropout", (int, float), 0.0),
+        ("ranks", "rank_pattern", (dict,), {}), ("rslora", "use_rslora", (bool,), False),
+    ]  # fmt: skip
+    arguments = read_fields(config, fields)
+    for targets in (arguments["targets"], *arguments["ranks"]):
+        check_targets(targets)
+    return arguments
+
+
+def adapter_arguments(config):
+    """add_adapter's arguments."""
+    fields = [
+        ("targets", "target_modules", (str, list), None), ("placement", "placement", (str,), None),
+        ("reduction", "reduction", (int, type(None)), None), ("bottleneck", "bottleneck", (int, type(None)), None),
+        ("activation", "activation", (str,), None),
+    ]  # fmt: skip
+    arguments = read_fields(config, fields)
+    check_targets(arguments["targets"])
+    return arguments
+
+
+def fusion_arguments(config):
+    """add_fusion's arguments. The adapters' numbers are in the fusion's own file."""
+    adapters = config.get("adapters")
+    if not isinstance(adapters, list) or not adapters or not all(isinstance(one, dict) for one in adapters):
+        raise Error(f"adapter_config.json: adapters must be a list of configurations, not {adapters!r}")
+    for one in adapters:
+        adapter_arguments(one)
+    return {"adapters": [(one, None) for one in adapters]}
+
+
+CAUSAL_LM = {"task_type": ["CAUSAL_LM", None], "num_transformer_submodules": [1, None], "modules_to_save": [None, []]}
+
+
+def prefix_arguments(config):
+    """PrefixTuning's arguments. An MLP that the prefix was trained through is in no file."""
+    require(config, CAUSAL_LM | {"prefix_projection": [False, True], "init_weights": [None, "zero"]})
+    return read_fields(config, [("n_tokens", "num_virtual_tokens", (int,), None)])
+
+
+def prompt_arguments(config):
+    """PromptTuning's arguments. The file's vectors replace whatever is drawn at the start."""
+    require(config, CAUSAL_LM | {"prompt_tuning_init": ["RANDOM", "SAMPLE_VOCAB", "TEXT"]})
+    return read_fields(config, [("n_tokens", "num_virtual_tokens", (int,), None)])
+
+
+def ptuning_arguments(config):
+    """PTuning's arguments, with the smallest encoder: the file holds the vectors that the encoder made."""
+    require(config, CAUSAL_LM | {"encoder_reparameterization_type": ["MLP", "LSTM"]})
+    fields = [("n_tokens", "num_virtual_tokens", (int,), None)]
+    if config.get("peft_type") == "P_TUNING_TEMPLATE":
+        fields += [("template", "template", (str, type(None)), None), ("pseudo_id", "pseudo_id", (int,), None)]
+    return read_fields(config, fields) | {"encoder": "mlp", "hidden": 1}
+
+
+# --------------------------------------------------------------------------------------------------------- run's state
+
+
+@dataclass
+class Progress:
+    """How far a run has come: what JSON can hold of its state."""
+
+    settings: dict
+    step: int = 0
+    losses: list = field(default_factory=list)  # nats per token, one for each step
+    tokens: int = 0
+    seconds: float = 0.0  # of the whole run
+    training_seconds: float = 0.0  # of the loop alone
+    peak: int = 0  # bytes
+    world: int = 1  # ranks
+    loss_scale: float = 1.0
+    clean: int = 0  # steps since the loss scale was changed
+    skipped: int = 0  # steps on which fp16 overflowed
+    before: dict = field(default_factory=dict)  # loss, bits per byte, accuracy and a sample of the untouched base
+
+
+def checksum(tensors, text):
+    """Of all that a state holds: names, types, shapes, bits, and the text."""
+    total = zlib.crc32(text.encode())
+    for key, t in sorted(tensors.items()):
+        total = zlib.crc32(f"{key} {t.dtype} {tuple(t.shape)}".encode(), total)
+        total = zlib.crc32(t.cpu().reshape(-1).view(torch.uint8).numpy(), total)
+    return f"{total:08x}"
+
+
+def save_state(path, progress, states):
+    """states: {parameter name: {"master", "m", "v": tensor}}, as an engine's state_dict gives them."""
+    tensors = {f"{key} {name}": t for name, kept in states.items() for key, t in kept.items() if torch.is_tensor(t)}
+    tensors = {key: t.contiguous() for key, t in tensors.items()}
+    text = json.dumps(asdict(progress))
+    metadata = {"run": text, "checksum": checksum(tensors, text)}
+    write(path, lambda new: save_file(tensors, new, metadata=metadata))
+
+
+def load_state(path, settings, shapes):
+    """(progress, states) that save_state wrote; Error if it was another run, by its settings and parameters' shapes."""
+    try:
+        with safe_open(path, "pt") as file:
+            text, expected = file.metadata()["run"], file.metadata()["checksum"]
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise Error(f"{path} is not the state of a run: {error!r}; without --resume the run starts again") from None
+    if checksum(tensors, text) != expected:
+        raise Error(f"{path} is damaged: its checksum does not fit; without --resume the run starts again")
+    progress = Progress(**json.loads(text))
+    for name, value in settings.items():
+        if (old := progress.settings.get(name)) != value:
+            raise Error(f"{path} is of a run with {name} = {old}, not {value}: give the same, or another --out")
+    states = {}
+    for key, t in tensors.items():
+        kind, name = key.split(" ", 1)
+        states.setdefault(name, {})[kind] = t
+    found = {name: kept["master"].shape for name, kept in states.items()}
+    if wrong := [name for name in {**shapes, **found} if shapes.get(name) != found.get(name)]:
+        raise Error(f"{path} does not fit at {wrong[0]}: the base is not the one of its run")
+    for kept in states.values():
+        if len(kept) > 1:  # with fp16 there may have been nothing but overflows, and no m and v
+            kept["step"] = progress.step - progress.skipped
+    return progress, states

@@ -1,7 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""GPT-2's tokenizer, byte-level BPE: trained, and read from and written to vocab.json and merges.txt.
+"""GPT-2's tokenizer, byte-level byte-pair encoding (BPE): trained, and read from and written to GPT-2's two files.
 
-    python -m nanopeft.trainer.tokenizer        trains the embedded base's tokenizer anew, on the text of `library`
+    training    start with the 256 bytes as tokens; merge the most frequent pair of neighbours into a new token; repeat
+    encoding    cut the text into words (PATTERN); in each apply the merges, the earliest trained first
+    decoding    join the bytes of the tokens
+
+Every text is a sequence of bytes, so no text is unknown. Merges never cross a word's edge. A space belongs to the word
+after it: " cat" is one token, and "cat" is another. With the merges "t h", "th e" in this order, "these" is the s e.
+
+    vocab.json      {token: id}, the 256 bytes first, then the merges in order, then end-of-text
+    merges.txt      the two parts of each merge, a line each
+
+Encoding and decoding are tiktoken's, which merges the pair with the lowest id first: ids are in the order of training.
+Papers: BPE, arXiv 1508.07909, algorithm 1; bytes instead of characters, GPT-2 (Radford et al. 2019), section 2.2.
+
+    python -m nanopeft.trainer.tokenizer        trains the embedded base's tokenizer again, on the text of `library`
 """
 
 import json
@@ -11,26 +24,58 @@ from pathlib import Path
 
 import tiktoken
 
-from nanopeft import data
+from nanopeft.trainer import Error
 
-ENDOFTEXT = "<|endoftext|>"
-# GPT-2's cut of a text into words, which merges never cross.
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+ENDOFTEXT = "<|endoftext|>"  # encode_ordinary never makes this token from text, even from a text that contains it
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
 
 
-class Error(ValueError):
-    """A tokenizer that cannot be used; the message says what would be right."""
+def train_tokenizer(texts, vocab_size):
+    """A tiktoken.Encoding with vocab_size - 257 merges learned from these texts, and end-of-text as the last token."""
+    import regex  # a dependency of tiktoken
 
+    words = Counter(word for text in texts for word in regex.findall(PATTERN, text))
+    words = [([bytes([b]) for b in word.encode()], n) for word, n in words.items()]  # (tokens, how often)
+    counts, where = Counter(), defaultdict(set)  # of each pair: how often it occurs, and in which words
+    for i, (parts, n) in enumerate(words):
+        for pair in zip(parts, parts[1:]):
+            counts[pair] += n
+            where[pair].add(i)
+    ranks = {bytes([b]): rank for rank, b in enumerate(byte_alphabet())}
+    while len(ranks) < vocab_size - 1:
+        best = max(counts, key=lambda pair: (counts[pair], pair), default=None)
+        if not counts[best]:
+            raise Error(f"the texts give {len(ranks) + 1} tokens at most, not {vocab_size}: give more text")
+        ranks[b"".join(best)] = len(ranks)
+        for i in where.pop(best):  # only the words with this pair change, and only their pairs are counted again
+            parts, n = words[i]
+            for pair in zip(parts, parts[1:]):
+                counts[pair] -= n
+            merged = []
+            for part in parts:
+                if merged and (merged[-1], part) == best:
+                    merged[-1] += part
+                else:
+                    merged.append(part)
+            words[i] = merged, n
+            for pair in zip(merged, merged[1:]):
+                counts[pair] += n
+                where[pair].add(i)
+        del counts[best]
+    return tiktoken.Encoding("nano", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={ENDOFTEXT: vocab_size - 1})
+
+
+# --------------------------------------------------------------------------------------------------------------- files
 
 def byte_alphabet():
-    """GPT-2's printable stand-in for each of the 256 bytes, in the order of their token ids: {byte: character}."""
+    """{byte: the printable character that stands for it in GPT-2's files}, in the order of the bytes' token ids."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
 
 
 def load_tokenizer(folder):
-    """The tiktoken.Encoding of a folder's vocab.json and merges.txt (GPT-2's files)."""
+    """The tiktoken.Encoding of a folder's vocab.json and merges.txt."""
     folder = Path(folder)
     byte_of = {char: byte for byte, char in byte_alphabet().items()}
     for name in ("vocab.json", "merges.txt"):
@@ -49,7 +94,6 @@ def load_tokenizer(folder):
         raise Error(f"{folder / 'vocab.json'}: token ids must be 0 to {len(ids) - 1}, each once")
     if not {bytes([b]) for b in range(256)} <= ranks.keys():
         raise Error(f"{folder / 'vocab.json'}: each of the 256 bytes must be a token")
-    # tiktoken merges the pair whose result has the lowest id first: the ids must be in the order of the merges.
     if [*vocab] != sorted(vocab, key=vocab.get) or [*vocab][256:] != merges or len(ranks) != len(vocab):
         raise Error(f"{folder / 'vocab.json'}: token ids must follow the order of merges.txt")
     return tiktoken.Encoding(str(folder), pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
@@ -58,12 +102,12 @@ def load_tokenizer(folder):
 def save_tokenizer(encoding, folder):
     """Writes vocab.json and merges.txt, as load_tokenizer and transformers.AutoTokenizer read them."""
     folder, alphabet = Path(folder), byte_alphabet()
-    ranks = encoding._mergeable_ranks
+    ranks = dict(sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1]))  # {token: id} by id
     text = {token: "".join(alphabet[b] for b in token) for token in ranks}
     merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+    for token, rank in ranks.items():
         if len(token) > 1:
-            # The pair that made a token: what is left of it when only the merges before its own are applied.
+            # The pair that made this token: what is left of it after all merges that come before its own
             parts = [bytes([b]) for b in token]
             while len(parts) > 2:
                 pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
@@ -72,49 +116,17 @@ def save_tokenizer(encoding, folder):
                 i = pairs.index(min(pairs))
                 parts[i : i + 2] = [parts[i] + parts[i + 1]]
             merges.append(f"{text[parts[0]]} {text[parts[1]]}")
-    vocab = {text[token]: rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])}
-    folder.mkdir(parents=True, exist_ok=True)
-    vocab |= {ENDOFTEXT: encoding.eot_token}
+    vocab = {text[token]: rank for token, rank in ranks.items()} | {ENDOFTEXT: encoding.eot_token}
     lines = ["#version: 0.2", *merges, ""]
     files = {"vocab.json": json.dumps(vocab, ensure_ascii=False), "merges.txt": "\n".join(lines)}
+    folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / f"{name}.new").write_text(content, "utf-8")
         os.replace(folder / f"{name}.new", folder / name)  # whole or not at all
 
 
-def train_tokenizer(texts, vocab_size):
-    """Byte-level BPE (arXiv 1508.07909, algorithm 1): merge the most frequent pair of neighbours, again and again."""
-    import regex  # a dependency of tiktoken
-
-    words = Counter(word for text in texts for word in regex.findall(PATTERN, text))
-    words = [([bytes([b]) for b in word.encode()], n) for word, n in words.items()]
-    counts, where = Counter(), defaultdict(set)  # of each pair: how often it occurs, and in which words
-    for i, (parts, n) in enumerate(words):
-        for pair in zip(parts, parts[1:]):
-            counts[pair] += n
-            where[pair].add(i)
-    ranks = {bytes([b]): rank for rank, b in enumerate(byte_alphabet())}
-    while len(ranks) < vocab_size - 1:
-        best = max(counts, key=lambda pair: (counts[pair], pair))
-        ranks[b"".join(best)] = len(ranks)
-        for i in where.pop(best):
-            parts, n = words[i]
-            for pair in zip(parts, parts[1:]):
-                counts[pair] -= n
-            merged = []
-            for part in parts:
-                if merged and (merged[-1], part) == best:
-                    merged[-1] += part
-                else:
-                    merged.append(part)
-            words[i] = merged, n
-            for pair in zip(merged, merged[1:]):
-                counts[pair] += n
-                where[pair].add(i)
-        del counts[best]
-    return tiktoken.Encoding("nano", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={ENDOFTEXT: vocab_size - 1})
-
-
 if __name__ == "__main__":
+    from nanopeft import data
+
     save_tokenizer(train_tokenizer(data.library()[0], vocab_size=3072), Path(data.__file__).parent / "base")
     print("trained the base's tokenizer on the library: nanopeft/base/vocab.json, merges.txt")

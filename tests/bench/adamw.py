@@ -7,10 +7,13 @@ All take turns on the same parameters and gradients, so that other load on the m
 mean something. Peak memory is about 8 GB.
 """
 
+import os
 import statistics
 import sys
 import time
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin stall a machine with other work
 
 import torch
 

@@ -21,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -28,7 +30,9 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nanopeft import adapter, data, gpt  # noqa: E402
+from nanopeft import adapter, gpt
+from nanopeft.trainer import tokenizer
+from nanopeft.trainer.checkpoint import save_gpt
 
 STEPS, SAVE_EVERY = 30, 3
 METHODS = {
@@ -64,11 +68,11 @@ context.set_forkserver_preload(["torch", "tiktoken", "tqdm", "safetensors.torch"
 
 def make_files(folder):
     """A base of two small layers, a text, examples, and two adapters for a fusion."""
-    encoding = data.train_tokenizer([], 257)
+    encoding = tokenizer.train_tokenizer([], 257)
     torch.manual_seed(0)
     model = gpt.GPT(vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=2)
-    model.save_pretrained(folder / "base")
-    data.save_tokenizer(encoding, folder / "base")
+    save_gpt(model, folder / "base")
+    tokenizer.save_tokenizer(encoding, folder / "base")
     (folder / "a.txt").write_text("".join(f"The number {i} comes before {i + 1}.\n\n" for i in range(100)))
     lines = [json.dumps({"prompt": f"{i} is", "completion": "odd" if i % 2 else "even"}) for i in range(40)]
     (folder / "a.jsonl").write_text("\n".join(lines))

@@ -12,8 +12,7 @@ the process's resident memory (VmHWM, Linux) above what it held when the model w
 tokens, and gradients and optimizer were not there; "tight" is the same ratio in one more step, in which the holes that
 malloc keeps in its heap are given back.
 
-Where the CPU emulates bf16, a step in it takes minutes. There we take its products in fp32 (wide.py), and the peer,
-which cannot, runs in fp32 throughout: that is its fastest type then.
+On a CPU without bf16 instructions both sides run in fp32, as train.py does there.
 """
 
 import argparse
@@ -23,6 +22,7 @@ import gc
 import json
 import math
 import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
@@ -31,12 +31,15 @@ import time
 import warnings
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin stall a machine with other work
+
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from nanopeft import adamw, gpt, lora, prefix, prompt, ptuning, qlora, wide  # noqa: E402
+from nanopeft import adamw, gpt, lora, prefix, prompt, ptuning, qlora
+from nanopeft.trainer.process import slower_than_fp32
 
 BF16 = torch.bfloat16
 SHAPES = {
@@ -51,7 +54,7 @@ PEERS = {
     "bf16, fused gelu": (BF16, BF16, False, "gelu_pytorch_tanh"),  # the same function in one kernel
     "bf16 + autocast": (BF16, torch.float32, True, "gelu_new"),
     "fp32 + autocast": (torch.float32, torch.float32, True, "gelu_new"),
-    "fp32": (torch.float32, torch.float32, False, "gelu_new"),  # these two where bf16 is emulated
+    "fp32": (torch.float32, torch.float32, False, "gelu_new"),  # these two where bf16 is slower
     "fp32, fused gelu": (torch.float32, torch.float32, False, "gelu_pytorch_tanh"),
 }
 PROMPT, NEW = 32, 64  # tokens read and written in the race of generation
@@ -61,8 +64,8 @@ MATMUL = 2048
 # -------------------------------------------------------------------------------------------------------- the two sides
 
 
-def our_model(method, shape, rank):
-    model = gpt.GPT(**SHAPES[shape]).to(BF16)
+def our_model(method, shape, rank, dtype):
+    model = gpt.GPT(**SHAPES[shape]).to(dtype)
     if method == "lora":
         lora.add_lora(model, r=rank)
     elif method == "qlora":
@@ -122,29 +125,27 @@ def resident(key):
     return 1024 * int(line.split()[1])
 
 
-def work(pipe, side, method, shape, batch, length, rank, threads, emulated):
+def work(pipe, side, method, shape, batch, length, rank, threads, dtype):
     """One racer: sends when it is ready, the seconds (wall, CPU per thread) of each call asked for, and the peak."""
     warnings.simplefilter("ignore")  # peft's and transformers', of each other
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     context = contextlib.nullcontext
     if method == "matmul":
-        x = torch.randn(MATMUL, MATMUL).to(BF16)
+        x = torch.randn(MATMUL, MATMUL).to(dtype)
         model = None
     elif side == "ours":
-        model = our_model(method, shape, rank)
+        model = our_model(method, shape, rank, dtype)
     else:
         base_type, own_type, autocast, activation = PEERS[side]
         model = peer_model(method, shape, rank, base_type, own_type, autocast, activation)
         if autocast:
             context = lambda: torch.autocast("cpu", dtype=BF16)  # noqa: E731
-    products = wide.WideProducts if emulated and side == "ours" else contextlib.nullcontext
     ids = torch.randint(SHAPES[shape]["vocab_size"], (batch, PROMPT if method == "generate" else length))
     if method == "matmul":
 
         def call():
-            with products():
-                x @ x
+            x @ x
 
     elif method == "generate":
         model.eval()
@@ -152,8 +153,7 @@ def work(pipe, side, method, shape, batch, length, rank, threads, emulated):
 
         def call(ids=ids, new=NEW):
             options["attention_mask"] = None if side == "ours" else torch.ones_like(ids)
-            with products():
-                model.generate(ids, max_new_tokens=new, **options)
+            model.generate(ids, max_new_tokens=new, **options)
 
         call(ids[:, :4], 2)
     else:
@@ -161,10 +161,9 @@ def work(pipe, side, method, shape, batch, length, rank, threads, emulated):
         trained = [p for p in model.train().parameters() if p.requires_grad]
 
         def backward(ids):
-            with products():
-                with context():
-                    loss = model(input_ids=ids, labels=ids, **options).loss
-                loss.backward()
+            with context():
+                loss = model(input_ids=ids, labels=ids, **options).loss
+            loss.backward()
 
         def call():
             backward(ids)
@@ -245,8 +244,9 @@ def flops(method, shape, batch, length, rank):
 
 def compare(method, shape, batch, rank, args):
     """One row of the table."""
-    rest = (shape, batch, args.length, rank, args.threads, args.emulated)
-    peers = [name for name, (base, _, autocast, _) in PEERS.items() if (base != BF16 and not autocast) == args.emulated]
+    rest = (shape, batch, args.length, rank, args.threads, args.dtype)
+    narrow = args.dtype == BF16
+    peers = [name for name, (base, _, autocast, _) in PEERS.items() if (base == BF16 or autocast) == narrow]
     sides = ["ours", *(name for name in peers if method != "generate" or "autocast" not in name)]
     racers = {side: (side, method, *rest) for side in sides}
     found = race(racers | {"matmul": ("ours", "matmul", *rest)}, args.steps)
@@ -301,7 +301,7 @@ def grow(args):
         points = []
         for value in values:
             batch, length, rank = (value if name == key else args.__dict__[key] for key in ("batch", "length", "rank"))
-            rest = (args.shape, batch, length, rank, args.threads, args.emulated)
+            rest = (args.shape, batch, length, rank, args.threads, args.dtype)
             found = race({"ours": ("ours", "lora", *rest)}, args.steps)["ours"]
             points.append((value, min(found[args.clock]), found["memory"]))
             print(f"{'':24}{batch:11}{length:8}{rank:8}{points[-1][1] * 1e3:10.1f}{points[-1][2] / 1e6:10.1f}")
@@ -344,9 +344,9 @@ def main():
     parser.add_argument("--growth", action="store_true", help="how time and memory of LoRA grow, instead")
     parser.add_argument("--out", type=Path, help="a path without suffix: .json and .png are added")
     args = parser.parse_args()
-    args.emulated = wide.emulates(BF16)  # once: all processes must do the same
-    size = f"{args.batch} x {args.length} tokens{', products in fp32' * args.emulated}"
-    print(f"torch {torch.__version__}, {args.threads} threads, {args.shape}, bf16, {size}, {args.clock} seconds")
+    args.dtype = torch.float32 if slower_than_fp32(BF16) else BF16  # once: all processes must do the same
+    size = f"{args.shape}, {args.dtype}, {args.batch} x {args.length} tokens"
+    print(f"torch {torch.__version__}, {args.threads} threads, {size}, {args.clock} seconds")
     if args.growth:
         rows = grow(args)
     else:
@@ -360,7 +360,7 @@ def main():
                 rows.append(compare(method, args.shape, batch, args.rank, args))
                 print(line(rows[-1]), flush=True)
         rate = max(row["matmul"] for row in rows)
-        print(f"share: of {rate / 1e9:.0f} GFLOP/s, this machine's bf16 product of {MATMUL} x {MATMUL} matrices")
+        print(f"share: of {rate / 1e9:.0f} GFLOP/s, this machine's product of {MATMUL} x {MATMUL} matrices")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")

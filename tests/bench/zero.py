@@ -26,6 +26,8 @@ import time
 import warnings
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin stall a machine with other work
+
 import torch
 import torch.distributed as dist
 

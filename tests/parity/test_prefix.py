@@ -2,7 +2,6 @@
 """nanopeft/prefix.py against peft, on transformers' models: the same numbers, text, names and files."""
 
 import copy
-import dataclasses
 import json
 import runpy
 import shutil
@@ -18,6 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from nanopeft import gpt, prefix
+from nanopeft.trainer.checkpoint import save_gpt
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*cuda:UserWarning")
 IDS = torch.tensor([[5, 9, 2, 40, 41, 3, 63, 4], [1, 1, 62, 17, 9, 30, 2, 8]])
@@ -52,6 +52,8 @@ MODELS = {
     )),
 }  # fmt: skip
 SLIDING = ("mistral", "gemma2", "gemma3")
+thorough = pytest.mark.thorough
+ARCHITECTURES = [name if name in ("gpt2", "llama") else pytest.param(name, marks=thorough) for name in MODELS]
 
 
 def tiny(name, dtype=torch.float32):
@@ -120,7 +122,7 @@ def recomputed(model, ids, n, mask=None):
 # -------------------------------------------------------------------------------------------------------------- numbers
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_numbers_are_pefts(name):
     """In fp32, logits, loss and the prefix's gradient are peft's to 1e-6 of the largest, padded on the left or not."""
     base = tiny(name)
@@ -143,7 +145,7 @@ def test_numbers_are_pefts(name):
         assert_close(found, expected, 1e-6)  # the same operations; sums may be split among threads
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_text_is_pefts(name):
     """generate gives peft's tokens, padded on the left or not, and those of a loop that recomputes everything."""
     base = tiny(name)
@@ -158,7 +160,7 @@ def test_greedy_text_is_pefts(name):
     assert not torch.equal(found, base.generate(IDS, attention_mask=MASK, max_new_tokens=6))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=thorough), "llama"])
 def test_the_mlp_is_pefts(name):
     """Through an MLP, logits and the gradients of E and the MLP are peft's; folded, so are the logits.
 
@@ -178,8 +180,8 @@ def test_the_mlp_is_pefts(name):
     assert_close(prefix.fold_prefix(ours)(IDS).logits, results[1][0], 1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=thorough)], ids=["fp32", "bf16"])
 def test_it_works_on_every_architecture(name, dtype):
     """A prefix trains and generates; it starts as a hard prompt; a padded row gives what it gives alone."""
     base = tiny(name, dtype)
@@ -215,7 +217,7 @@ def test_it_works_on_every_architecture(name, dtype):
             assert torch.equal(text[1:, 3:], model.generate(IDS[1:, 3:], 6))
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma2"])
+@pytest.mark.parametrize("name", ["mistral", pytest.param("gemma2", marks=thorough)])
 def test_a_prefix_leaves_a_sliding_window(name):
     """A layer of window 12 sees the last slot for 11 places, a second carries it 11 further, then it is gone."""
     base = tiny(name)
@@ -233,7 +235,34 @@ def test_a_prefix_leaves_a_sliding_window(name):
         assert_close(model(short, attention_mask=mask).logits[:, 2:], model(short[:, 2:]).logits, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bloom"])
+@thorough
+def test_mpts_alibi_counts_padding():
+    """Distances are counted in the cache, padding included: a padded row of MPT differs from the row alone."""
+    config = transformers.MptConfig(vocab_size=64, d_model=32, n_heads=4, n_layers=2, max_seq_len=48)
+    torch.manual_seed(0)
+    model = wrapped(transformers.MptForCausalLM(config).eval())
+    with torch.no_grad():
+        together, alone = model(IDS, attention_mask=MASK).logits[1, 3:], model(IDS[1:, 3:]).logits[0]
+    assert (together - alone).abs().max() > 1e-3 * alone.abs().max()
+
+
+def test_transformers_trainer_finds_the_labels(tmp_path):
+    """transformers' Trainer asks forward's signature for `labels`: it trains the prefix, and nothing else."""
+    base = tiny("gpt2")
+    before = {key: t.clone() for key, t in base.state_dict().items()}
+    model = prefix.PrefixTuning(base, N)
+    start = model.prompt_embeddings.detach().clone()
+    rows = [{"input_ids": ids, "labels": ids} for ids in IDS] * 2
+    options = dict(output_dir=tmp_path, max_steps=2, learning_rate=0.1, use_cpu=True, disable_tqdm=True)
+    trainer = transformers.Trainer(
+        model, transformers.TrainingArguments(save_strategy="no", report_to=[], **options), train_dataset=rows
+    )
+    assert trainer.train().training_loss > 0 and not torch.equal(model.prompt_embeddings, start)
+    assert trainer.evaluate(rows)["eval_loss"] > 0
+    assert all(torch.equal(t, before[key]) for key, t in base.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=thorough), "llama", pytest.param("bloom", marks=thorough)])
 def test_beams_and_samples(name):
     """Beam search gives peft's tokens; several samples of a prompt are each drawn after the prefix."""
     base = tiny(name)
@@ -278,6 +307,8 @@ def test_a_cache_of_the_callers():
 
 # ---------------------------------------------------------------------------------------------------------------- files
 
+FILES = [("llama", 12)] + [pytest.param(name, hidden, marks=thorough) for name in MODELS for hidden in (None, 12)]
+
 
 def write(model, folder):
     """The two files of an adapter, as train.py writes them."""
@@ -288,13 +319,12 @@ def write(model, folder):
 
 def read(base, folder):
     config = json.loads((folder / "adapter_config.json").read_text())
-    model = prefix.PrefixTuning(base, **prefix.prefix_arguments(config)).eval()
+    model = prefix.PrefixTuning(base, config["num_virtual_tokens"]).eval()
     prefix.load_prefix_state_dict(model, load_file(folder / "adapter_model.safetensors"))
     return model
 
 
-@pytest.mark.parametrize("hidden", [None, 12])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, hidden", FILES)
 def test_a_prefix_of_ours_opens_in_peft(name, hidden, tmp_path):
     """A prefix saved here opens with PeftModel.from_pretrained, with the same logits and not one warning."""
     base = tiny(name)
@@ -308,8 +338,7 @@ def test_a_prefix_of_ours_opens_in_peft(name, hidden, tmp_path):
     assert_close(ours(IDS).logits, opened(IDS).logits, 1e-6)
 
 
-@pytest.mark.parametrize("hidden", [None, 12])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, hidden", FILES)
 def test_a_prefix_of_pefts_opens_here(name, hidden, tmp_path):
     """A prefix that peft saved, trained through an MLP or not, opens here with the same logits."""
     base = tiny(name)
@@ -327,7 +356,7 @@ def test_a_prefix_on_our_gpt_opens_in_peft(tmp_path):
     base = gpt.GPT(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4).eval()
     for p in base.parameters():
         nn.init.normal_(p, std=0.2)
-    base.save_pretrained(tmp_path / "base")
+    save_gpt(base, tmp_path / "base")
     ours = wrapped(base)
     assert_noticeable(ours)
     write(ours, tmp_path / "adapter")
@@ -343,47 +372,28 @@ def test_a_prefix_on_our_gpt_opens_in_peft(tmp_path):
         assert torch.equal(ours.generate(IDS, 6, attention_mask=mask), theirs)
 
 
-def test_pefts_files_of_something_else_are_refused(tmp_path):
-    """A real prompt-tuning adapter of peft, and a prefix for another task, are refused by their config."""
-    base = tiny("gpt2")
-    for config, message in (
-        (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N), "PREFIX_TUNING"),
-        (peft.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=N), "task_type"),
-    ):
-        peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path / message)
-        with pytest.raises(prefix.Error, match=message):
-            read(base, tmp_path / message)
-
-
-def test_every_field_of_pefts_config_is_known():
-    """Each field of this peft's PrefixTuningConfig is used, refused, or known not to change the stored prefix."""
-    used = {"peft_type", "num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"}
-    used |= {"task_type", "num_transformer_submodules", "modules_to_save", "prefix_projection", "init_weights"}
-    harmless = {
-        "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-        "encoder_hidden_size",  # of the MLP, which no file holds
-    }  # fmt: skip
-    assert {field.name for field in dataclasses.fields(peft.PrefixTuningConfig)} == used | harmless
-
-
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
 def test_models_without_keys_and_values_in_every_layer_are_refused():
-    """An encoder-decoder and state space models, pure and mixed, are refused in one line, still trainable."""
+    """Encoder-decoders and state space models, pure and mixed, are refused in one line, still trainable."""
     sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
     t5 = transformers.T5Config(vocab_size=64, d_model=32, d_ff=32, d_kv=8, num_layers=1, num_heads=4)
+    bart = transformers.BartConfig(
+        vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+    )  # fmt: skip
+    mamba = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)
     recurrent = transformers.RecurrentGemmaConfig(**sizes, lru_width=32, num_key_value_heads=2)
     jamba = transformers.JambaConfig(**sizes, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1)
-    for model, message in (
-        (transformers.T5ForConditionalGeneration(t5), "no causal LM that takes past_key_values"),
-        (
-            transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)),
-            "no causal LM that takes",
-        ),
-        (transformers.JambaForCausalLM(jamba), "does not run on a cache of keys and values alone"),
-        (transformers.RecurrentGemmaForCausalLM(recurrent), "must leave keys and values of one shape"),
+    for model in (
+        transformers.T5ForConditionalGeneration(t5),
+        transformers.BartForConditionalGeneration(bart),  # makes its decoder's input from input_ids
+        transformers.MambaForCausalLM(mamba),
+        transformers.JambaForCausalLM(jamba),
+        transformers.RecurrentGemmaForCausalLM(recurrent),
     ):
+        message = f"{type(model).__name__} is no causal LM that caches keys and values of one shape"
         with pytest.raises(prefix.Error, match=message) as caught:
             prefix.PrefixTuning(model, N)
         assert "\n" not in str(caught.value) and all(p.requires_grad for p in model.parameters())
@@ -402,9 +412,9 @@ def test_gradient_checkpointing_is_refused():
     model.training = True
     assert torch.equal(model(IDS).logits, expected)
     model.eval().model.train()
-    for call in (model, model.generate):
+    for call in (lambda: model(IDS), lambda: model.generate(IDS, 4), lambda: prefix.PrefixTuning(base, N)):
         with pytest.raises(prefix.Error, match="gradient checkpointing drops past_key_values"):
-            call(IDS)
+            call()
 
 
 def test_a_prompt_longer_than_the_context():
@@ -422,7 +432,7 @@ def test_a_prompt_longer_than_the_context():
 # ------------------------------------------------------------------------------------------------------- the file alone
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=thorough)])
 def test_the_file_alone_works_on_transformers_models(name, tmp_path, monkeypatch):
     """Pasted into an empty folder, without nanopeft, prefix.py trains, folds and generates on GPT-2 and Llama."""
     shutil.copy(Path(prefix.__file__), tmp_path / "prefix.py")

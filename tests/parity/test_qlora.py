@@ -13,6 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from nanopeft import gpt, lora, qlora
+from nanopeft.trainer import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:fan_in_fan_out is set to False")
 IDS = torch.tensor([[5, 9, 2, 40, 41, 3, 63, 0], [1, 1, 62, 17, 9, 30, 2, 8]])
@@ -69,7 +70,7 @@ def assert_close(found, expected, relative):
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_computes_what_pefts_does(dtype, double):
-    """dx, dA and dB are those of peft's LoRA over Linear4bit to 1e-6; so is y in fp32, and closer to fp64 in bf16."""
+    """y, dx, dA and dB are those of peft's LoRA over Linear4bit to 1e-6, in fp32 and in bf16."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(192, 320)).to(dtype)
     config = peft.LoraConfig(target_modules=["0"], r=4, lora_alpha=8)
@@ -86,19 +87,12 @@ def test_a_layer_computes_what_pefts_does(dtype, double):
         y.backward(dy)
         A, B = (p for n, p in model.named_parameters() if "lora_" in n)
         results.append((y, inputs.grad, A.grad.to(dtype), B.grad.to(dtype)))
-    # the same decoded weight and the same product, to the last bit
+    # the same dequantized weight and the same product, to the last bit
     plain = ours[0].base_layer(x)
     assert torch.equal(plain, theirs.base_model.model[0].base_layer(x))
     assert (results[0][0] - plain).abs().max() > 0.1 * plain.abs().max()
-    for one, other in list(zip(*results))[0 if dtype == torch.float32 else 1 :]:
+    for one, other in zip(*results):
         assert_close(one, other, 1e-6)
-    # In bf16 peft rounds s · low Bᵀ twice before it adds it, and we do not: y differs by roundings of 2^-9, and ours
-    # is the closer one to fp64.
-    W, b = (t.detach().double() for t in (ours[0].base_layer.decode(dtype), ours[0].bias))
-    A, B = (p.detach().to(dtype).double() for p in (ours[0].lora_A, ours[0].lora_B))
-    exact = x.double() @ (W + 2 * B @ A).t() + b
-    errors = [(y.double() - exact).norm() / exact.norm() for y, *_ in results]
-    assert errors[0] <= errors[1] * (1 + 1e-6) and errors[1] <= (1e-6 if dtype == torch.float32 else 2**-8)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 5e-2)])
@@ -119,16 +113,16 @@ def test_a_llama_computes_what_pefts_does(dtype, tolerance):
         assert (ours(IDS).logits - found).abs().max() > 0.1 * found.abs().max()
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.thorough)])
 def test_gpt2_with_conv1d_is_quantized_along_its_inputs(kind):
     """transformers' GPT-2, with Conv1D, and ours with nn.Linear give the same codes, logits and merged logits."""
     torch.manual_seed(0)
     hf = hf_gpt2()
     ours = gpt.GPT(vocab_size=64, n_positions=32, n_embd=64, n_layer=2, n_head=4)
-    state = {n: t.t() if gpt.is_conv1d(n) else t for n, t in hf.state_dict().items()}
+    state = {n: t.t() if checkpoint.is_conv1d(n) else t for n, t in hf.state_dict().items()}
     ours.load_state_dict(state)
     for model in (hf, ours):
-        qlora.add_qlora(model, quant=kind, r=4)
+        qlora.add_qlora(model, quant_type=kind, r=4)
     randomize(hf)
     lora.load_lora_state_dict(ours, lora.lora_state_dict(hf))
     for (name, one), (other_name, other) in zip(lora.lora_layers(hf).items(), lora.lora_layers(ours).items()):
@@ -143,7 +137,7 @@ def test_gpt2_with_conv1d_is_quantized_along_its_inputs(kind):
 
 
 def test_the_adapter_opens_in_peft_and_pefts_here(tmp_path):
-    """A QLoRA adapter is a LoRA adapter: peft opens it over the decoded base with the same logits, and its own here."""
+    """A QLoRA adapter is a LoRA adapter: peft opens it over the dequantized base, and peft's own opens here."""
     torch.manual_seed(0)
     base = hf_gpt2()
     ours = randomize(qlora.add_qlora(copy.deepcopy(base), ("c_attn", "mlp.c_proj"), r=4, alpha=8))
@@ -151,18 +145,18 @@ def test_the_adapter_opens_in_peft_and_pefts_here(tmp_path):
     save_file(lora.lora_state_dict(ours), tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(lora.lora_config(ours)))
     # the base that it was trained on, in 32 bits: Ŵ in place of W
-    decoded = copy.deepcopy(ours)
-    for p in lora.lora_parameters(decoded).values():
+    dequantized = copy.deepcopy(ours)
+    for p in lora.lora_parameters(dequantized).values():
         nn.init.zeros_(p)
-    lora.remove_lora(qlora.merge_qlora(decoded))
-    assert (decoded(IDS).logits - expected).abs().max() > 0.1 * expected.abs().max()
-    theirs = peft.PeftModel.from_pretrained(decoded, tmp_path).eval()
+    lora.remove_lora(qlora.merge_qlora(dequantized))
+    assert (dequantized(IDS).logits - expected).abs().max() > 0.1 * expected.abs().max()
+    theirs = peft.PeftModel.from_pretrained(dequantized, tmp_path).eval()
     assert_close(theirs(IDS).logits, expected, 1e-5)
 
     randomize(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
     config = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
-    again = qlora.add_qlora(copy.deepcopy(base), **lora.lora_arguments(config))
+    again = qlora.add_qlora(copy.deepcopy(base), config["target_modules"], r=config["r"], alpha=config["lora_alpha"])
     lora.load_lora_state_dict(again, load_file(tmp_path / "theirs" / "adapter_model.safetensors"))
     assert_close(again(IDS).logits, theirs(IDS).logits, 1e-5)
 

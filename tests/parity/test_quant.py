@@ -15,6 +15,20 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 TINY = 2**-126  # fp32's smallest normal number
 
 
+def often(*strategies, few=40, many=300):
+    """A property that is drawn some times by default, and many times in the thorough run."""
+
+    def decorate(property_):
+        @pytest.mark.parametrize("examples", [few, pytest.param(many, marks=pytest.mark.thorough)])
+        def test(examples):
+            settings(deadline=None, max_examples=examples)(given(*strategies)(property_))()
+
+        test.__name__, test.__doc__ = property_.__name__, property_.__doc__
+        return test
+
+    return decorate
+
+
 def their_decoding(packed, scale, shape, dtype, block_size):
     """bitsandbytes' definition, without its kernel for AVX-512, which takes wrong scales for many shapes (2.4)."""
     codes = bnb.get_4bit_type("nf4", device="cpu")
@@ -41,8 +55,7 @@ def tensors(draw, smallest=-30, largest=30):
     return (x.double() * 10.0 ** draw(st.integers(smallest, largest))).to(draw(st.sampled_from(FLOATS)))
 
 
-@settings(deadline=None, max_examples=300)
-@given(tensors(), st.sampled_from((32, 64, 128, 256, 4096)))
+@often(tensors(), st.sampled_from((32, 64, 128, 256, 4096)))
 def test_nf4_is_bitsandbytes_to_the_bit(x, block_size):
     """Bytes, block scales and values decoded to each type, wherever the block maximum is a normal number."""
     assume(x.isfinite().all())
@@ -55,8 +68,7 @@ def test_nf4_is_bitsandbytes_to_the_bit(x, block_size):
         assert torch.equal(decoded, their_decoding(theirs, state.absmax, x.shape, dtype, block_size))
 
 
-@settings(deadline=None, max_examples=200)
-@given(tensors(-25, 25))
+@often(tensors(-25, 25))
 def test_double_quantization_is_bitsandbytes_to_the_bit(x):
     """The scales' codes, their own scales, the mean and the decoded scales, also with one block or all blocks equal."""
     assume(x.isfinite().all() and all(b.abs().max() >= TINY for b in x.float().flatten().split(64)))
@@ -70,8 +82,7 @@ def test_double_quantization_is_bitsandbytes_to_the_bit(x):
     assert torch.equal(quant.dequantize_scales(q, scale2, mean), decoded)
 
 
-@settings(deadline=None, max_examples=100)
-@given(st.integers(1, 3000), st.integers(-20, 20), st.integers(0, 1000))
+@often(st.integers(1, 3000), st.integers(-20, 20), st.integers(0, 1000))
 def test_scales_are_coded_as_bitsandbytes_does(n, magnitude, seed):
     """Any scales at all, near the midpoints of the map as well, have bitsandbytes' codes."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: MIT
+"""Backward and optimizer step, whoever does them: one process, ZeRO, or PyTorch's FSDP, behind one interface.
+
+    engine.backward(loss)          once for each micro-batch
+    norm = engine.step(lr, clip)   clip the gradient, update, clear; fp16's loss scale is kept here
+    with engine.whole() as model:  a model with all its parameters, to evaluate and to save
+    engine.state_dict()            {parameter name: {"master", "m", "v"}}: on rank 0, in host memory; the same for each
+    engine.load_state_dict(...)    kind of engine and number of ranks, so that a run goes on with another one
+"""
+
+import math
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+
+from nanopeft import adamw, zero
+
+
+def by_decay(params, weight_decay):
+    """Parameter groups: decay is for matrices, not for biases and norms."""
+    matrices, vectors = ([p for p in params if (p.dim() > 1) == wide] for wide in (True, False))
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def storage_dtype(args, dtype):
+    """What the base's weights are kept in: FSDP keeps them in fp32, and in dtype while they are used."""
+    return torch.float32 if args.fsdp else dtype
+
+
+class Engine:
+    """The kind of engine that the flags ask for, and the loss scale.
+
+    fp16 has too few exponent bits for small gradients: they become zero. So the loss is multiplied by a scale, and the
+    gradients are divided by it in fp32 before the update. If one overflows to inf, the step is skipped and the scale
+    halved; after 1,000 clean steps twice the scale is tried. bf16 has fp32's exponent bits and needs no scale.
+
+    rebuild: a function that makes the same model again, for FSDP, whose own is never whole.
+    """
+
+    def __init__(self, args, model, blocks, dtype, rebuild):
+        params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.shapes = {name: p.shape for name, p in params.items()}  # ZeRO's stage 3 takes the elements away
+        groups, settings = by_decay(params.values(), args.weight_decay), {"lr": args.lr, "betas": (0.9, 0.95)}
+        if args.fsdp:
+            self.inner = FSDP(model, blocks, dtype, args.weight_decay, rebuild, **settings)
+        elif args.zero is not None:
+            settings |= {"compile": args.compile, "stage": args.zero, "offload": args.offload, "blocks": blocks}
+            self.inner = zero.ZeRO(model, adamw.AdamW, groups, **settings)
+        else:
+            self.inner = OneProcess(model, params, adamw.AdamW(groups, compile=args.compile, **settings))
+        self.optimizer = self.inner.optimizer
+        self.dynamic = dtype == torch.float16
+        self.loss_scale, self.clean, self.skipped = 2.0**16 if self.dynamic else 1.0, 0, 0
+
+    def backward(self, loss):
+        self.inner.backward(loss * self.loss_scale if self.dynamic else loss)
+
+    def step(self, lr, clip):
+        """The norm of the gradient over all ranks; 0 where a step is skipped, for it overflowed fp16."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = self.inner.step(clip, self.loss_scale)
+        self.clean += 1
+        if not math.isfinite(norm) and self.loss_scale > 1:
+            self.loss_scale, self.clean, self.skipped = self.loss_scale / 2, 0, self.skipped + 1
+            return 0.0
+        if self.dynamic and self.clean == 1000:
+            self.loss_scale, self.clean = self.loss_scale * 2, 0
+        return norm
+
+    def whole(self):
+        return self.inner.whole()
+
+    def state_dict(self):
+        return self.inner.state_dict()
+
+    def load_state_dict(self, states):
+        self.inner.load_state_dict(states)
+
+
+class OneProcess:
+    """Plain PyTorch, with the AdamW of adamw.py."""
+
+    def __init__(self, model, params, optimizer):
+        self.model, self.params, self.optimizer = model, params, optimizer
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self, clip, loss_scale):
+        gradients = [p.grad for p in self.params.values() if p.grad is not None]
+        norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
+        norm = norms.norm().item() / loss_scale
+        if math.isfinite(norm):
+            self.optimizer.step(grad_scale=min(1.0, clip / (norm + 1e-6)) / loss_scale)
+        self.optimizer.zero_grad()
+        return norm
+
+    def whole(self):
+        return nullcontext(self.model)
+
+    def state_dict(self):  # a parameter in fp32 is its own master copy
+        return {name: {"master": p.detach(), **self.optimizer.state[p]} for name, p in self.params.items()}
+
+    def load_state_dict(self, states):
+        for name, p in self.params.items():
+            kept = dict(states[name])
+            p.data.copy_(kept["master"])
+            if p.dtype.itemsize >= 4 or len(kept) == 1:
+                del kept["master"]
+            self.optimizer.state[p].update({k: x.to(p.device) if torch.is_tensor(x) else x for k, x in kept.items()})
+
+
+class FSDP:
+    """PyTorch's own ZeRO stage 3, fully_shard. All is sharded in fp32, and in dtype while it is used."""
+
+    def __init__(self, model, blocks, dtype, weight_decay, rebuild, **settings):
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes half a second
+
+        for module in (*blocks, model):
+            fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
+        self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(by_decay(self.params.values(), weight_decay), **settings)
+        self.rebuild = rebuild
+
+    def backward(self, loss):
+        (loss * dist.get_world_size()).backward()  # it takes the mean over ranks, and these are parts of a sum
+
+    def step(self, clip, loss_scale):
+        norm = torch.nn.utils.clip_grad_norm_(self.params.values(), clip).full_tensor().item()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    @contextmanager
+    def whole(self):
+        model = self.rebuild()
+        for name, p in model.named_parameters():
+            if name in self.params:
+                p.data.copy_(self.params[name].detach().full_tensor())
+        yield model
+
+    def state_dict(self):
+        states, names = {}, {"master": "master", "exp_avg": "m", "exp_avg_sq": "v"}
+        for name, p in self.params.items():
+            kept = {"master": p.detach(), **self.optimizer.state[p]}
+            states[name] = {names[key]: t.full_tensor().cpu() for key, t in kept.items() if key in names}
+        return states
+
+    @torch.no_grad()
+    def load_state_dict(self, states):
+        from torch.distributed.tensor import distribute_tensor
+
+        for name, p in self.params.items():
+            master, m, v = (
+                distribute_tensor(states[name][key].to(p.device), p.device_mesh, p.placements)
+                for key in ("master", "m", "v")
+            )
+            p.copy_(master)
+            step = torch.tensor(float(states[name]["step"]))
+            self.optimizer.state[p] = {"step": step, "exp_avg": m, "exp_avg_sq": v}

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: MIT
+"""How the process starts, stops, and says what went wrong: ranks, 16 bits on this CPU, signals, exit codes."""
+
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from nanopeft import adamw, adapter, data, gpt, lora, memory, prefix, prompt, ptuning, qlora, quant, zero
+from nanopeft.trainer import Error, Failure
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PARTS = (adamw, adapter, data, gpt, lora, memory, prefix, prompt, ptuning, qlora, quant, zero)
+ERRORS = (Error, *(part.Error for part in PARTS))  # wrong use, wherever it is noticed
+
+
+class Ranks(NamedTuple):
+    """The processes that torchrun started, seen from one of them; one process is rank 0 of 1."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def sum(self, number):
+        return zero.all_sum(number, self.device) if dist.is_initialized() else number
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
+
+
+def start(args):
+    """The ranks of this run, which all come by here."""
+    device = torch.device(args.device)
+    if args.zero is None and not args.fsdp:
+        return Ranks(0, 1, device)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=600))
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def settle_kernels():
+    """MKL chooses each function's kernel in its first call. Two threads that are both first can get a coarser one,
+    and one run in fifteen then differed (pytorch issue 188792)."""
+    for function in (torch.exp, torch.sqrt, torch.tanh):  # the loss, AdamW, a prefix's MLP
+        function(torch.ones(1))
+
+
+def slower_than_fp32(dtype):
+    """Whether this CPU multiplies matrices of this type more slowly than those of fp32.
+
+    Seen with bf16 instructions: 0.3 to 0.7 times fp32's time; without: 8 to 200 times. Three products of 256 x 256,
+    the best of each type, on one thread: beside other work two threads wait for each other, and fp32 would look slow.
+    """
+    best, threads = {}, torch.get_num_threads()
+    torch.set_num_threads(1)
+    for kind in (dtype, torch.float32):
+        x = torch.ones(256, 256, dtype=kind, device="cpu")
+        for _ in range(4):
+            began = time.perf_counter()
+            x @ x
+            best[kind] = min(best.get(kind, math.inf), time.perf_counter() - began)
+    torch.set_num_threads(threads)
+    return best[dtype] > 2 * best[torch.float32]
+
+
+def computing_precision(precision, ranks):
+    """The precision that the run computes in: the one asked for, or fp32 where this CPU is faster in that."""
+    if ranks.device.type != "cpu" or precision == "fp32" or not ranks.sum(int(slower_than_fp32(DTYPES[precision]))):
+        return precision
+    if ranks.rank == 0:  # to stderr: --generate's text is on stdout
+        print(f"this CPU multiplies {precision} more slowly than fp32: computing in fp32", file=sys.stderr)
+    return "fp32"
+
+
+@contextmanager
+def signals():
+    """A list that Ctrl-C and SIGTERM put something into, so that the step under way can end first."""
+    received = []
+    handlers = {n: signal.signal(n, lambda n, _: received.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def run(main):
+    """Runs main; what goes wrong becomes one line. Exit code 2 is for wrong use, 1 for a failure."""
+    sys.stdout.reconfigure(errors="replace")  # a sample may have characters that the terminal has not
+    try:
+        main()
+        if "WORLD_SIZE" in os.environ:
+            # Without torch's clean-up: in it a rank that was done has aborted, and torchrun killed the one that saved
+            sys.stdout.flush()
+            os._exit(0)
+    except (KeyboardInterrupt, Failure, RuntimeError, MemoryError, *ERRORS) as error:
+        for bar in [*tqdm._instances]:  # their lines end before the message begins
+            bar.close()
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        line = str(error)
+        if isinstance(error, KeyboardInterrupt):
+            line = "stopped; what was saved stays, and the same command with --resume goes on from it"
+        elif isinstance(error, (RuntimeError, MemoryError)):
+            if "memory" not in repr(error).lower() or "illegal" in repr(error):
+                raise
+            line = f"out of memory: a smaller --batch or --length, or another --method, takes less: {line}"
+        # One line without control characters, whatever a file had for a name
+        line = "train.py: " + "".join(c if c.isprintable() else " " for c in line)[:1000]
+        if isinstance(error, ERRORS):
+            print(line, file=sys.stderr)
+            sys.exit(2)
+        sys.exit(line)

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: MIT
+"""What a run shows: result.json, curves, memory predicted beside measured, and --method all's table and figure."""
+
+import json
+import platform
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from nanopeft import adapter, memory, zero
+from nanopeft.trainer import Failure, checkpoint, measure
+from nanopeft.trainer.methods import METHODS
+
+# ---------------------------------------------------------------------------------------------------- time and memory
+
+
+def in_use(device):
+    """(bytes in use now, most since the last call), of the device, or of this process's resident memory."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device), peak
+    try:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        now, peak = (int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back
+    except (OSError, KeyError):  # the peak of the whole run; macOS tells bytes, others kilobytes
+        import resource
+
+        now = peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return now, peak
+
+
+class Meter:
+    """Adds up a run's time and its peak of memory, base included. began: when the process had nothing yet."""
+
+    def __init__(self, device, began):
+        self.device, self.last = device, began
+        self.at_start, _ = in_use(device)
+
+    def note_peak(self, progress):
+        progress.peak = max(progress.peak, in_use(self.device)[1] - self.at_start)
+
+    def lap(self, progress, training=False):
+        now = time.time()
+        progress.seconds += now - self.last
+        progress.training_seconds += (now - self.last) * training
+        self.last = now
+        self.note_peak(progress)
+
+
+class StepMemory:
+    """The memory of one step: predicted by memory.py, and measured. The second step, for Adam's state is there then."""
+
+    def __init__(self, args, precision, model, engine, device, first_step):
+        self.args, self.precision, self.model, self.engine, self.device = args, precision, model, engine, device
+        self.at = None if args.compile or args.fsdp else first_step + 1
+        self.predicted, self.measured, self.sent, self.saved = {}, {}, {}, None
+
+    @contextmanager
+    def step(self, number, length):
+        """Around a step of examples of `length` tokens."""
+        if number != self.at:
+            yield
+        elif isinstance(self.engine.inner, zero.ZeRO):
+            with measure.sent_elements() as self.sent:
+                yield
+        else:
+            stored = [*self.model.parameters(), *self.model.buffers()]
+            states = [t for state in self.engine.optimizer.state.values() for t in state.values()]
+            with measure.peak_bytes([*stored, *states], self.device) as peak, measure.saved_bytes(stored) as saved:
+                self.saved = saved
+                yield
+            self.saved = None
+            self.measured["peak"] = peak()
+            self.predicted = predict(self.model, self.args, self.precision, length)
+
+    def after_forward(self):
+        if self.saved is not None:
+            self.measured.setdefault("activations", self.saved())
+
+    def after_backward(self, number):
+        if self.saved is not None:
+            self.measured.update(measure.measured_states(self.model, self.engine.optimizer))
+        elif number == self.at:
+            self.measured.update(measure.kept_by(self.engine.inner))
+
+
+def predict(model, args, precision, length):
+    """{what: bytes} that memory.py predicts for a step of this run, with examples of `length` tokens.
+
+    Nothing for what it does not know: targets outside of the blocks, adapters of several widths in a fusion.
+    """
+    how = {name: vars(args)[name] for name in memory.SETTINGS[args.method] if name in vars(args)}
+    if args.method in ("adapter", "fusion"):
+        widths = {m.down.out_features for m in model.modules() if isinstance(m, adapter.Adapter)}
+        if len(widths) > 1:
+            return {}
+        how["bottleneck"] = widths.pop()
+    if args.method == "fusion":
+        how["adapters"] = len(args.adapters)
+    if args.method == "ptuning":
+        how |= {"tokens": model.n_tokens, "template": model.template is not None}
+    try:
+        found = memory.predict(
+            vars(model.config), args.method, precision, args.batch, length, args.accumulate, **how
+        )
+    except memory.Error:
+        return {}
+    return {what: memory.total(parts) for what, parts in found.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- one run
+
+
+def finish(args, precision, progress, counts, after, step_memory):
+    """Writes result.json and loss.png, and prints what happened."""
+    out, before = Path(args.out), progress.before
+    result = {
+        "method": args.method, "precision": args.precision, "computed_in": precision, "base": args.base,
+        "data": args.data, "steps": args.steps, **counts,
+        "loss_before": before["loss"], "loss_after": after["loss"],
+        "bits_per_byte_before": before["bits"], "bits_per_byte_after": after["bits"],
+        "accuracy_before": before["accuracy"], "accuracy_after": after["accuracy"],
+        "tokens_per_second": progress.tokens / progress.training_seconds, "peak_memory_bytes": progress.peak,
+        "seconds": progress.seconds, "skipped_steps": progress.skipped, "ranks": progress.world,
+        "predicted_bytes": step_memory.predicted, "measured_bytes": step_memory.measured,
+        "sent_elements": step_memory.sent,
+        "python": platform.python_version(), "torch": torch.__version__, "settings": progress.settings,
+        "losses": progress.losses,
+    }  # fmt: skip
+    checkpoint.write(out / "result.json", json.dumps(result, indent=2).encode())
+    title = f"{args.method} on {escape(args.data)}"
+    checkpoint.write(out / "loss.png", lambda path: plot(path, progress.losses, before["loss"], after["loss"], title))
+
+    for when, figures in (("before", before), ("after", after)):
+        text = textwrap.indent(figures["sample"].strip(), "    | ", lambda line: True)
+        print(f"\nsample {when}\n{text}")
+    trained, stored, total = (counts[f"{which}_parameters"] for which in ("trained", "stored", "total"))
+    print(f"\nparameters   {trained:,} trained, {stored:,} stored, {total:,} in all ({trained / total:.2%})")
+    print(f"loss         {before['loss']:.3f} before, {after['loss']:.3f} after, in nats per token of validation data")
+    print(f"             {before['bits']:.3f} before, {after['bits']:.3f} after, in bits per byte")
+    if after["accuracy"] is not None:
+        print(f"accuracy     {before['accuracy']:.1%} before, {after['accuracy']:.1%} after")
+    print(f"speed        {result['tokens_per_second']:,.0f} tokens/s, {progress.seconds:.0f} s in all")
+    print(f"memory       {progress.peak / 1e9:.2f} GB at the peak, base included")
+    if progress.skipped:
+        print(f"skipped      {progress.skipped} steps, on which a gradient overflowed fp16")
+    for number, (what, size) in enumerate(step_memory.measured.items()):
+        beside = f", {step_memory.predicted[what] / 1e6:.3f} predicted" if step_memory.predicted else ""
+        print(f"{'' if number else 'memory of':12} {what:12} {size / 1e6:9.3f} MB{beside}")
+    for number, (collective, size) in enumerate(step_memory.sent.items()):
+        print(f"{'' if number else 'sent':12} {collective:12} {size:,.0f} elements in a step")
+    print(f"files        {', '.join(sorted(map(str, out.iterdir())))}")
+
+
+def smooth(losses):
+    """Each step's mean over the steps just before it."""
+    window = max(1, len(losses) // 30)
+    recent = [losses[max(0, i - window) : i + 1] for i in range(len(losses))]
+    return [sum(r) / len(r) for r in recent]
+
+
+def escape(name):
+    """A name as matplotlib shows it: a dollar would begin a formula."""
+    return name.replace("$", r"\$")
+
+
+def plot(path, losses, before, after, title):
+    from matplotlib.figure import Figure  # takes a second
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    steps = range(1, len(losses) + 1)
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+    axes.plot(steps, smooth(losses), color="tab:blue", label="training")
+    label = f"validation: {before:.2f} → {after:.2f}"
+    axes.plot([0, len(losses)], [before, after], "o--", color="tab:orange", label=label)
+    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120, format="png")
+
+
+# ---------------------------------------------------------------------------------------------------------- comparison
+
+
+def compare(args, given):
+    """--method all: each method in a process of its own, so that its peak of memory is its own; a table, a figure."""
+    out = Path(args.out)
+    shared = {f"--{name.replace('_', '-')}": getattr(args, name) for name in sorted(given - {"method", "out"})}
+    shared = [flag if value is True else f"{flag}={value}" for flag, value in shared.items()]
+    runs = {name: ["--method", name] for name in METHODS if name != "fusion"}
+    if args.base not in checkpoint.HUB:  # scratch has nano's shape and tokenizer: GPT-2's nats mean something else
+        runs["scratch"] = ["--method", "full", "--base", "scratch"]
+    # A fusion is of adapters of several tasks: this one, and one more
+    other = "reference" if args.data == "modules" else "modules"
+    runs[f"adapter-{other}"] = ["--method", "adapter", "--data", other]
+    runs["fusion"] = ["--method", "fusion", "--adapters", f"{out}/adapter", f"{out}/adapter-{other}"]
+
+    results = {}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to pass it on
+    for name, flags in runs.items():
+        print(f"\n{name}", flush=True)
+        command = [sys.executable, sys.argv[0], *shared, *flags, "--out", f"{out}/{name}"]
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # its report is in its result.json
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:
+            child.terminate()  # it saves its state and ends
+            code = child.wait() or 1  # 0: it was at its last step
+        if code < 0:  # the system's, if memory ran out
+            raise Failure(f"{name} was ended by signal {-code}; the same command with --resume goes on")
+        if code:
+            sys.exit(code)
+        results[name] = json.loads((out / name / "result.json").read_text("utf-8"))
+    del results[f"adapter-{other}"]
+
+    quantity = "loss" if results["full"]["accuracy_after"] is None else "accuracy"
+    checkpoint.write(out / "compare.json", json.dumps(results, indent=2).encode())
+    checkpoint.write(out / "compare.png", lambda path: plot_comparison(path, results, quantity, escape(args.data)))
+    print(f"\n{table(results, quantity)}\n\n{out}/compare.json, {out}/compare.png")
+
+
+def table(results, quantity):
+    show = "{:.3f}" if quantity == "loss" else "{:.1%}"
+    untouched = show.format(results["full"][f"{quantity}_before"])
+    rows = [["method", "trained", "share", "stored", "on disk", f"{quantity} before", "after", "tokens/s", "memory"]]
+    rows.append(["untouched", "0", "0 %", "0", "0", untouched, untouched, "", ""])
+    for name, r in results.items():
+        counts = [f"{r['trained_parameters']:,}", f"{r['trained_parameters'] / r['total_parameters']:.2%}"]
+        stored = [f"{r['stored_parameters']:,}", f"{r['stored_bytes'] / 1e6:.2f} MB"]
+        quality = [show.format(r[f"{quantity}_{when}"]) for when in ("before", "after")]
+        cost = [f"{r['tokens_per_second']:,.0f}", f"{r['peak_memory_bytes'] / 1e9:.2f} GB"]
+        rows.append([name, *counts, *stored, *quality, *cost])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * w for w in widths])
+    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in rows)
+
+
+def plot_comparison(path, results, quantity, task):
+    """Left: what each method reaches, against how much it trains. Right: its training loss."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, (name, r) in enumerate(results.items()):
+        x, y, color = r["trained_parameters"], r[f"{quantity}_after"], f"C{i}"
+        left.scatter(x, y, color=color, zorder=3)
+        beside = (0, 7 if i % 2 else -15)  # above and below in turn: neighbours would write over one another
+        left.annotate(name, (x, y), textcoords="offset points", xytext=beside, ha="center", color=color)
+        right.plot(range(1, len(r["losses"]) + 1), smooth(r["losses"]), color=color, label=name)
+    left.axhline(results["full"][f"{quantity}_before"], color="gray", linestyle="--", label="untouched base")
+    unit = "nats per token of validation data" if quantity == "loss" else "share of validation examples"
+    left.set(xscale="log", xlabel="trained parameters", ylabel=f"{quantity}, {unit}", title=f"{task}: quality and size")
+    left.margins(0.12)
+    right.set(xlabel="step", ylabel="training loss, nats per token", title=f"{task}: training")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120, format="png")
