@@ -46,9 +46,8 @@ def main():
 
 
 def fine_tune(args, precision, ranks):
-    rank, world, device = ranks
-    dtype, out, began = process.DTYPES[precision], Path(args.out), time.time()
-    state = out / "state.safetensors"
+    (rank, world, device), dtype, began = ranks, process.DTYPES[precision], time.time()
+    out, state = Path(args.out), Path(args.out) / "state.safetensors"
     torch.manual_seed(args.seed)
     process.settle_kernels()
 
@@ -73,16 +72,16 @@ def fine_tune(args, precision, ranks):
         for block in base.transformer.h:
             block.compile()
 
-    # Engine: backward and optimizer, in one process or in several that share the work
+    # Engine: one process, ZeRO or FSDP. backward adds gradients up; step sums them over ranks, clips their norm,
+    # updates by AdamW unless it is inf or NaN, and clears them; whole gathers sharded weights (FSDP: in a new model)
     rebuild = lambda: methods.add(methods.load_base(args.base, encoding, dtype, device), args, encoding, train)  # noqa: E731
     engine = Engine(args, model, base.transformer.h, dtype, rebuild)
 
     # Evaluate the untouched model, or go on where an earlier run stopped
     progress = resume(args, state, engine, ranks)
     if progress.step == 0:
-        hint = f"before any step: {args.base} is damaged, or needs more bits"
         with engine.whole() as complete:
-            progress.before = examine(args, complete, valid, encoding, opening, ranks, hint)
+            progress.before = examine(args, complete, valid, encoding, opening, ranks, "before any step")
     ranks.say(f"{args.method}, {precision}, {device}: {args.base} learns {args.data}")
     ranks.say(f"{counts['trained_parameters']:,} of {counts['total_parameters']:,} parameters are trained")
     ranks.say(f"state saved every {args.save_every} steps to {state}")
@@ -95,7 +94,7 @@ def fine_tune(args, precision, ranks):
     bar = tqdm(total=args.steps, initial=progress.step, unit="step", smoothing=0.05, disable=rank > 0)
     with process.signals() as stop, bar:
         for step in range(progress.step, args.steps):
-            # 1. Sample. A step needs no random state but its own number, so that --resume repeats nothing else
+            # 1. Sample. The seed is of the step's number, so --resume draws what a run without a break would have drawn
             torch.manual_seed(args.seed * 1_000_003 + step)
             batches = [train.sample(args.batch) for _ in range(args.accumulate)]
             scored = sum(count_labels(labels) for _, labels in batches)
@@ -134,8 +133,7 @@ def fine_tune(args, precision, ranks):
     # Evaluate what was trained, and save it
     with engine.whole() as complete:
         methods.METHODS[args.method].discard(complete)
-        hint = f"after step {progress.step}: try a smaller --lr"
-        after = examine(args, complete, valid, encoding, opening, ranks, hint)
+        after = examine(args, complete, valid, encoding, opening, ranks, f"after step {progress.step}")
         meter.lap(progress)
         if rank == 0:
             counts |= methods.save(complete, encoding, args, out)
@@ -148,25 +146,25 @@ def fine_tune(args, precision, ranks):
 
 
 def learning_rate(step, args):
-    """Linear warm-up over a twentieth of the steps, then half a cosine down to zero."""
+    """Linear warm-up over a twentieth of the steps, while Adam's v is unreliable, then half a cosine towards zero."""
     warmup = max(1, args.steps // 20)
     if step < warmup:
         return args.lr * (step + 1) / warmup
     return args.lr * (1 + math.cos(math.pi * (step - warmup) / (args.steps - warmup))) / 2
 
 
-def examine(args, model, valid, encoding, opening, ranks, hint):
+def examine(args, model, valid, encoding, opening, ranks, when):
     """The figures of a model on the validation data, and a sample of what it writes."""
     loss, bits = evaluate(model, valid, ranks)
     if not math.isfinite(loss):
-        raise Failure(f"loss {loss} {hint}")
+        raise Failure(f"loss {loss} {when}: {args.base} is damaged or needs more bits, or --lr is too large")
     right = accuracy(model, valid, ranks) if args.data == "modules" else None
     text = sample(model, encoding, opening, ranks.device, args.seed) if ranks.rank == 0 else ""
     return {"loss": loss, "bits": bits, "accuracy": right, "sample": text}
 
 
 def check(loss, norm, progress, state):
-    """Raises Failure for a loss or a gradient that is not finite, before it can do harm."""
+    """Raises Failure for a loss or gradient norm that is inf or NaN; the engine has not updated anything by it."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         left = f"{state} stays as it was" if state.exists() else "nothing was saved"
         raise Failure(f"loss {loss}, gradient norm {norm} at step {progress.step}: try a smaller --lr; {left}")
@@ -174,7 +172,7 @@ def check(loss, norm, progress, state):
 
 @torch.no_grad()
 def save(model, engine, progress, state, batch, ranks):
-    """Saves all that --resume needs, unless the last step has ruined the weights: these must not replace good ones."""
+    """Saves all that --resume needs, after one more loss: weights that a step has ruined must not replace good ones."""
     ids, labels = (t[ranks.rank :: ranks.world].to(ranks.device) for t in batch)
     check(ranks.sum(model(ids, labels=labels).loss.item()), 0.0, progress, state)
     states = engine.state_dict()

@@ -19,13 +19,13 @@ A = B = 0 both gradients would be zero for ever. A = 0 and a random B work too, 
 code. But a random A is reported to stay stable at larger learning rates (arXiv 2406.08447).
 
 What α is for: s scales the update, so it acts like a learning rate. The first step, with dB = s · G Aᵀ and G = dyᵀ x:
-    Adam:  ΔB = -lr · sign(dB)    the loss falls by lr · |dB|₁ ∝ s r  (out · r terms ∝ s);   |ΔW| = s |ΔB A| ∝ s √r
-    SGD:   ΔB = -lr · dB          the loss falls by lr · |dB|² ∝ s² r
-An entry of ΔB A sums r terms of random sign, hence √r. It assumes that A's entries do not depend on r, which holds for
-init="kaiming" but not for "gaussian" (deviation 1/r). With s = α / r, Adam's early loss curve is the same for each r
-(SGD's falls as 1/r), while |ΔW| goes as 1/√r. With s = α / √r, Adam's |ΔW| is the same, and the loss falls as √r (SGD's
-is the same). Why rsLoRA: its paper finds that with α / r the learning of large ranks collapses, while α / √r keeps it
-stable, so that a larger r helps.
+                                                                               s = α / r    s = α / √r
+    Adam, ΔB = -lr · sign(dB):   the loss falls by lr · |dB|₁ ∝ s r            same         √r
+                                 |ΔW| = s |ΔB A| ∝ s √r                        1/√r         same for each r
+    SGD, ΔB = -lr · dB:          the loss falls by lr · |dB|² ∝ s² r           1/r          same
+|dB|₁ sums out · r numbers ∝ s, and an entry of ΔB A sums r terms of random sign. This assumes that A's entries do not
+depend on r, as with init="kaiming", but not "gaussian" (deviation 1/r). Why rsLoRA: its paper finds that with α / r the
+learning of large ranks collapses, while α / √r keeps it stable. Take α / r for r up to 64, α / √r far beyond.
 
 What it saves: gradients and Adam's two moments exist for r (in + out) numbers instead of in · out. Of a layer's three
 large products (y, dx, dW) the last is left out: about 2/3 of the FLOPs remain. Less time is saved: A's and B's products
@@ -43,7 +43,7 @@ How to choose ([S]: "LoRA Without Regret", Schulman et al., 2025):
            fine-tuning. In [S] the MLP matters most, and attention alone is worse.
   r, α     r = 8 to 64, more for more data; the targets matter more. α = 16, 32 or 2r; the paper does not tune it.
   lr       About 10 times full fine-tuning's [S], found by experiment. One reason: at in = 4096, r = 8, α = 32, Adam's
-           first step moves an entry of W by lr/10, not lr. The paper's GPT-2 runs and QLoRA take 2e-4 with AdamW.
+           first step moves an entry of W by lr/10, not lr. The paper's GPT-2 runs and QLoRA (7B, 13B) take 2e-4.
 When to use it: memory is short, many tasks share one base, or the base's abilities must stay. When not: there is much
 new knowledge to learn (continued pre-training), and memory for it. LoRA falls behind full fine-tuning when the data
 exceed its capacity, the learning rate is too small, or the batch is very large [S].

@@ -20,11 +20,11 @@ model and 61 KB in fp32. Their gradient and Adam's moments are 184 KB; the whole
 100 tokens takes 120 positions, and 1,004 of the 1,024 positions are left for text.
 
 Cost of training: the gradient comes down through all layers to P, so every layer keeps its activations. Only the
-gradients of the weights are saved, a third of the arithmetic.
+gradients of the weights need not be computed, a third of the arithmetic.
 
 Cost at inference: P cannot be merged into the weights, because it is input. Each row computes n more positions, keeps
 their keys and values in the cache, and has a context n shorter. In return one frozen model serves many tasks, even in
-one batch: with the prompts stacked as P (tasks, n, d), call model(inputs_embeds=cat((P[task], E[ids]), 1)), task (B,).
+one batch: with the prompts stacked as P (tasks, n, d), call base(inputs_embeds=cat((P[task], E[ids]), 1)), task (B,).
 
 Why scale helps: P adds no ability. It calls up what the frozen model can do, and a larger model can do more. The paper
 tuned T5 from 60M to 11B parameters: small models stay behind full fine-tuning, and at about 10B the two are equal.

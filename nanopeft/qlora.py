@@ -14,13 +14,14 @@ Does it compute in 4 bits? No: 4 bits are the storage type. For each product Ŵ 
 type of x, and freed afterwards. NF4 is a table of 16 values that no processor can multiply. The compute type is bf16:
 fp32 would be slower and double the activations, and fp16 has a smaller range and can overflow.
 
-Is it just a higher precision during training? No. What rounding to 4 bits took away is gone: training sees Ŵ, not W.
-A and B are trained on top of Ŵ and can make up for part of the error.
+Does it just train in a higher precision than it stores? No. What rounding to 4 bits took away is gone: training sees Ŵ,
+not W. A and B are trained on top of Ŵ and can make up for part of the error.
 
 Can W itself be trained in 4 bits? No. Rounding has a zero gradient almost everywhere, and a usual step is far smaller
 than the gap between two codes. It would need a copy of W in full precision, the memory that QLoRA saves.
 
-What it costs: 4.127 bits for each quantized weight instead of 16, and two dequantizations per layer and step (three
+What it costs: 4 + 8/64 + 32/(64 · 256) = 4.127 bits for each quantized weight instead of 16 (without double
+quantization 4 + 32/64 = 4.5), and two dequantizations per layer and step (three
 with activation checkpointing). Gradients, Adam's state and activations are LoRA's.
 
 Example: 7 billion weights take 3.6 GB instead of 14, and 65 billion 33.5 GB instead of 130. Full fine-tuning with Adam
@@ -31,9 +32,10 @@ Typical values (the paper and its code): NF4 with double quantization, bf16, all
 0.1 up to 13B and 0.05 above, constant learning rate 2e-4 (1e-4 from 33B on), gradient norm clipped at 0.3.
 
 Pitfalls:
-  * Do not merge into 4 bits. An update is far smaller than the gap between two codes. On NF4 weights of deviation 0.02,
-    a rank-16 update of RMS 1e-3, merged and quantized again, has an error of 1.03 times its size: worse than dropping
-    it (1.0). 28 % of it arrives, buried in noise (cosine 0.35). merge_qlora gives a 16- or 32-bit model instead.
+  * Do not merge into 4 bits. A usual update is far smaller than the gap between two codes. On Ŵ of standard deviation
+    0.02, a rank-16 update of RMS 1e-3, merged and quantized again, is off by an RMS of 1.03 times its own: worse than
+    dropping it (1.0). Its projection on what was meant is 28 %, the cosine 0.35. Serve Ŵ and the adapter unmerged, or
+    let merge_qlora give a 16- or 32-bit model. If LoRA fits your memory in 16 bits, take LoRA: it is faster.
   * A and B fit Ŵ. Merged into the original W, which they never saw, they are a little off.
   * Cast and move the model before add_qlora: model.to(torch.bfloat16) afterwards would cast A, B and the scales.
 

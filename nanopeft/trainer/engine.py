@@ -129,7 +129,8 @@ class FSDP:
 
     def step(self, clip, loss_scale):
         norm = torch.nn.utils.clip_grad_norm_(self.params.values(), clip).full_tensor().item()
-        self.optimizer.step()
+        if math.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 
