@@ -196,12 +196,12 @@ def peak(s, found):
     s.rows = min(max(256, (1 << 21) // s.V), s.B * (s.text - 1))  # gpt.py's loss makes so many rows of logits at a time
     s.chunk = min(s.rows * s.V, LOSS_CHUNK * torch.get_num_threads())  # and takes so many of them through the softmax
     x = "(3*n + 3*rows)*d*e" if s.T > s.text else "(2*n + 3*rows)*d*e"  # one copy more to cut off virtual tokens
-    softmax = {"log-softmax in fp32": "chunk*4" if s.e == 4 else "chunk*(4 + 4)"}
-    head, scaled = {"gradient of the head": "V*d*e"}, {"gradient of the head": "V*d*4" if s.e == 4 else "V*d*(4 + e)"}
+    freed = {"freed: inputs of an adapter, last norm": "-2*n*d*e"} if s.method in ("adapter", "fusion") else {}
+    head, softmax = {"gradient of the head": "V*d*e"}, {"log-softmax in fp32": "chunk*(4 + 4*(e == 2))"}
     moments = {
         "in the loss": before | {"logits": "rows*V*e", "x": x} | (head if full else softmax),
-        "as backward starts": before | (scaled if full else {}),
-        "in backward": before | {"both sides of GELU": "2*n*f*e", "residual stream": "n*d*e"},
+        "as backward starts": before | ({"gradient of the head": "V*d*(4 + e*(e == 2))"} if full else {}),
+        "in backward": before | {"both sides of GELU": "2*n*f*e", "residual stream": "n*d*e"} | freed,
         "after backward": {part: sums[part] for part in PARTS} | (head if full else {}) | {"input": "n*d*e"},
     }
     each = [evaluate({f"{when}: {what}": of for what, of in parts.items()}, s) for when, parts in moments.items()]
