@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Fine-tunes a GPT with the method of your choice and shows what happened.
 
-    python train.py --method lora --precision bf16              the language reference, in about a minute
+    python train.py --method lora --precision bf16              the language reference, in a minute or two
     python train.py --method prefix --data modules              which package does this function come from?
     python train.py --method full --base gpt2 --data mine.txt   your text, and a model from the hub
     python train.py --method all --data modules                 every method, one table and one figure
