@@ -4,8 +4,8 @@
     engine.backward(loss)          once for each micro-batch
     norm = engine.step(lr, clip)   clip the gradient, update, clear; fp16's loss scale is kept here
     with engine.whole() as model:  a model with all its parameters, to evaluate and to save
-    engine.state_dict()            {parameter name: {"master", "m", "v"}}: on rank 0, in host memory; the same for each
-    engine.load_state_dict(...)    kind of engine and number of ranks, so that a run goes on with another one
+    engine.state_dict()            {parameter name: {"master", "m", "v"}}, of several ranks on rank 0: the same for
+    engine.load_state_dict(...)    each kind of engine and number of ranks, so that a run goes on with another one
 """
 
 import math
