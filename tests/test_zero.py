@@ -656,9 +656,9 @@ def serve(sockets):
             name, arguments, settings, rank, world, path = pickle.load(file)
         except EOFError:
             return
+        store = dist.FileStore(path, world)  # a worker that cannot join ends: its names for groups are out of step now
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
         try:
-            store = dist.FileStore(path, world)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=20))
             answer = None, globals()[name](*arguments, **settings)
         except Exception:
             answer = f"rank {rank}: {traceback.format_exc()}", None
@@ -680,7 +680,8 @@ class Ranks:
         fds = [other.fileno() for other in theirs]
         self.server = subprocess.Popen(
             [sys.executable, __file__, "serve", *map(str, fds)], pass_fds=fds, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            # The barrier: a rank that fails at once must not leave while another still connects to it
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DIST_INIT_BARRIER": "1"},
         )  # fmt: skip
         for other in theirs:
             other.close()
