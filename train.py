@@ -46,7 +46,7 @@ def main():
 
 
 def fine_tune(args, precision, ranks):
-    (rank, world, device), dtype, began = ranks, process.DTYPES[precision], time.time()
+    (rank, world, device), dtype, began = ranks, process.DTYPES[precision], time.perf_counter()
     out, state = Path(args.out), Path(args.out) / "state.safetensors"
     torch.manual_seed(args.seed)
     process.settle_kernels()
@@ -137,7 +137,7 @@ def fine_tune(args, precision, ranks):
         meter.lap(progress)
         if rank == 0:
             counts |= methods.save(complete, encoding, args, out)
-    if dist.is_initialized():
+    if world > 1:
         dist.destroy_process_group()
 
     # Report

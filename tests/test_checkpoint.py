@@ -294,7 +294,7 @@ def test_hub_without_network(error):
 def test_hub_without_its_library():
     """Without huggingface_hub, a hub name says how to install it."""
     with mock.patch.dict(sys.modules, huggingface_hub=None):
-        refuse("gpt2-medium", r"^gpt2-medium .*pip install 'nanopeft\[hub\]', or give a folder")
+        refuse("gpt2-medium", r"^gpt2-medium .*pip install "nanopeft\[hub\]", or give a folder")
 
 
 def test_folder_goes_before_hub(folder, monkeypatch):

@@ -8,6 +8,7 @@ import shutil
 import sys
 
 import torch
+import torch.distributed as dist
 
 from nanopeft import data
 from nanopeft.trainer import Error, checkpoint
@@ -125,6 +126,8 @@ def check_ranks(args):
         raise Error("--fsdp is for fp32 and bf16, and not for qlora: use --zero")
     if args.batch % world:
         raise Error(f"--batch {args.batch} cannot be shared by {world} processes: give a multiple of {world}")
+    if shares and args.device == "cuda" and not dist.is_nccl_available():
+        raise Error("several GPUs need NCCL, which torch lacks here, as on Windows: --device cpu")
     if shares and args.device.startswith("cuda:"):
         raise Error(f"each process takes a GPU of its own: --device cuda, not {args.device}")
 

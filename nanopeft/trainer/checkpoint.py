@@ -82,7 +82,7 @@ def save_gpt(model, folder):
     state = {key: (t.t() if is_conv1d(key) else t).contiguous() for key, t in state.items()}
     # Each file is replaced whole: a run that dies here leaves the old one or the new one.
     save_file(state, folder / "model.safetensors.new", metadata={"format": "pt"})
-    (folder / "config.json.new").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json.new").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     for file in ("model.safetensors", "config.json"):
         os.replace(folder / f"{file}.new", folder / file)
 
@@ -104,7 +104,7 @@ def find_checkpoint(name_or_dir):
 
             return Path(snapshot_download(HUB[name_or_dir], allow_patterns=files))
         except ImportError:
-            where = "is on the Hugging Face hub: pip install 'nanopeft[hub]'"
+            where = "is on the Hugging Face hub: pip install \"nanopeft[hub]\""
         except (OSError, ValueError, HTTPError) as error:
             where = f"cannot be fetched from the Hugging Face hub ({type(error).__name__}): go online"
         raise Error(f"{name_or_dir} {where}, or give a folder that holds {', '.join(files)}")
@@ -182,7 +182,7 @@ def read_adapter(folder):
             raise Error(f"{folder} holds no adapter: there is no file {name}")
     try:
         config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-        state = load_file(folder / "adapter_model.safetensors")
+        state = {key: t.clone() for key, t in load_file(folder / "adapter_model.safetensors").items()}  # not mapped
     except (OSError, ValueError, SafetensorError, RecursionError) as error:
         raise Error(f"{folder} holds no adapter: {error}") from None
     if not isinstance(config, dict):
@@ -340,7 +340,8 @@ def load_state(path, settings, shapes):
     try:
         with safe_open(path, "pt") as file:
             text, expected = file.metadata()["run"], file.metadata()["checksum"]
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            # Copies: Windows does not replace a file that is mapped, as the next save would
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise Error(f"{path} is not the state of a run: {error!r}; without --resume the run starts again") from None
     if checksum(tensors, text) != expected:

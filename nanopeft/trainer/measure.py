@@ -83,7 +83,7 @@ def quiet():
     """Sends file descriptor 2 to /dev/null: torch's profiler writes lines to it from C++."""
     sys.stderr.flush()
     kept = os.dup(2)
-    with open(os.devnull, "w") as nothing:
+    with open(os.devnull, "wb") as nothing:
         os.dup2(nothing.fileno(), 2)
     try:
         yield

@@ -31,7 +31,7 @@ class Ranks(NamedTuple):
     device: torch.device
 
     def sum(self, number):
-        return zero.all_sum(number, self.device) if dist.is_initialized() else number
+        return zero.all_sum(number, self.device) if self.world > 1 else number
 
     def say(self, text):
         if self.rank == 0:

@@ -17,22 +17,32 @@ from nanopeft import adapter, memory, zero
 from nanopeft.trainer import Failure, checkpoint, measure
 from nanopeft.trainer.methods import METHODS
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 # ---------------------------------------------------------------------------------------------------- time and memory
 
 
 def in_use(device):
-    """(bytes in use now, most since the last call), of the device, or of this process's resident memory."""
+    """(bytes in use now, most since the last call), of the device, or of this process's resident memory.
+
+    Zeros where the system tells neither in /proc nor by the module resource: Windows.
+    """
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device), peak
     try:
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+        status = dict(line.split(":", 1) for line in lines)
         now, peak = (int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back
-    except (OSError, KeyError):  # the peak of the whole run; macOS tells bytes, others kilobytes
-        import resource
-
+        Path("/proc/self/clear_refs").write_bytes(b"5")  # sets VmHWM back
+    except (OSError, KeyError):
+        if resource is None:
+            return 0, 0
+        # The peak of the whole run; macOS tells bytes, others kilobytes
         now = peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return now, peak
 
@@ -48,7 +58,7 @@ class Meter:
         progress.peak = max(progress.peak, in_use(self.device)[1] - self.at_start)
 
     def lap(self, progress, training=False):
-        now = time.time()
+        now = time.perf_counter()
         progress.seconds += now - self.last
         progress.training_seconds += (now - self.last) * training
         self.last = now
@@ -60,7 +70,7 @@ class StepMemory:
 
     def __init__(self, args, precision, model, engine, device, first_step):
         self.args, self.precision, self.model, self.engine, self.device = args, precision, model, engine, device
-        self.at = None if args.compile or args.fsdp else first_step + 1
+        self.at = None if args.compile or args.fsdp or device.type not in ("cpu", "cuda") else first_step + 1
         self.predicted, self.measured, self.sent, self.saved = {}, {}, {}, None
 
     @contextmanager
@@ -128,7 +138,7 @@ def finish(args, precision, progress, counts, after, step_memory):
         "loss_before": before["loss"], "loss_after": after["loss"],
         "bits_per_byte_before": before["bits"], "bits_per_byte_after": after["bits"],
         "accuracy_before": before["accuracy"], "accuracy_after": after["accuracy"],
-        "tokens_per_second": progress.tokens / progress.training_seconds, "peak_memory_bytes": progress.peak,
+        "tokens_per_second": progress.tokens / progress.training_seconds, "peak_memory_bytes": progress.peak or None,
         "seconds": progress.seconds, "skipped_steps": progress.skipped, "ranks": progress.world,
         "predicted_bytes": step_memory.predicted, "measured_bytes": step_memory.measured,
         "sent_elements": step_memory.sent,
@@ -149,7 +159,8 @@ def finish(args, precision, progress, counts, after, step_memory):
     if after["accuracy"] is not None:
         print(f"accuracy     {before['accuracy']:.1%} before, {after['accuracy']:.1%} after")
     print(f"speed        {result['tokens_per_second']:,.0f} tokens/s, {progress.seconds:.0f} s in all")
-    print(f"memory       {progress.peak / 1e9:.2f} GB at the peak, base included")
+    peak = gigabytes(progress.peak)
+    print(f"memory       {peak + ' at the peak, base included' if peak else 'not measured on this system'}")
     if progress.skipped:
         print(f"skipped      {progress.skipped} steps, on which a gradient overflowed fp16")
     for number, (what, size) in enumerate(step_memory.measured.items()):
@@ -158,6 +169,10 @@ def finish(args, precision, progress, counts, after, step_memory):
     for number, (collective, size) in enumerate(step_memory.sent.items()):
         print(f"{'' if number else 'sent':12} {collective:12} {size:,.0f} elements in a step")
     print(f"files        {', '.join(sorted(map(str, out.iterdir())))}")
+
+
+def gigabytes(size):
+    return f"{size / 1e9:.2f} GB" if size else ""
 
 
 def smooth(losses):
@@ -213,7 +228,8 @@ def compare(args, given):
         try:
             code = child.wait()
         except KeyboardInterrupt:
-            child.terminate()  # it saves its state and ends
+            if sys.platform != "win32":  # there Ctrl-C reaches it as well, and this would not let it save
+                child.terminate()  # it saves its state and ends
             code = child.wait() or 1  # 0: it was at its last step
         if code < 0:  # the system's, if memory ran out
             raise Failure(f"{name} was ended by signal {-code}; the same command with --resume goes on")
@@ -237,7 +253,7 @@ def table(results, quantity):
         counts = [f"{r['trained_parameters']:,}", f"{r['trained_parameters'] / r['total_parameters']:.2%}"]
         stored = [f"{r['stored_parameters']:,}", f"{r['stored_bytes'] / 1e6:.2f} MB"]
         quality = [show.format(r[f"{quantity}_{when}"]) for when in ("before", "after")]
-        cost = [f"{r['tokens_per_second']:,.0f}", f"{r['peak_memory_bytes'] / 1e9:.2f} GB"]
+        cost = [f"{r['tokens_per_second']:,.0f}", gigabytes(r["peak_memory_bytes"])]
         rows.append([name, *counts, *stored, *quality, *cost])
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * w for w in widths])

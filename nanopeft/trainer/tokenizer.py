@@ -121,7 +121,7 @@ def save_tokenizer(encoding, folder):
     files = {"vocab.json": json.dumps(vocab, ensure_ascii=False), "merges.txt": "\n".join(lines)}
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        (folder / f"{name}.new").write_text(content, "utf-8")
+        (folder / f"{name}.new").write_bytes(content.encode())  # the same bytes on every system
         os.replace(folder / f"{name}.new", folder / name)  # whole or not at all
 
 
