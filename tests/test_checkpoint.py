@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,10 +21,10 @@ import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from nanopeft import adapter, gpt, lora, prefix, prompt, ptuning
-from nanopeft.trainer import Error, checkpoint, methods
+from nanopeft.trainer import Error, checkpoint, methods, tokenizer
 from nanopeft.trainer.checkpoint import load_gpt, save_gpt
 
 
@@ -262,6 +263,116 @@ def test_tensors_that_do_not_fit(folder, change, match):
     refuse(folder, match)
 
 
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """What transformers leaves of the embedded base: shards with an index, and tokenizer.json alone."""
+    folder, nano = tmp_path_factory.mktemp("shards"), checkpoint.find_checkpoint("nano")
+    GPT2LMHeadModel.from_pretrained(nano).save_pretrained(folder, max_shard_size="4MB")
+    AutoTokenizer.from_pretrained(nano).save_pretrained(folder)
+    assert not {"model.safetensors", "vocab.json", "merges.txt"} & set(os.listdir(folder))
+    return folder
+
+
+def test_shards(shards):
+    """A base in shards that transformers saved is, bit for bit, the one it was saved from, and so is its tokenizer."""
+    for p, q in zip(load_gpt(shards).parameters(), load_gpt("nano").parameters(), strict=True):
+        assert torch.equal(p, q)
+    ours, theirs = methods.load_tokenizer(str(shards)), AutoTokenizer.from_pretrained(shards)
+    for text in ("def f(x):\n    return x  # été", "中文 🏳️‍🌈\t 12345", "don't\n\n\n  I'll"):
+        ids = theirs(text)["input_ids"]
+        assert ours.encode_ordinary(text) == ids and ours.decode(ids) == text
+
+
+def test_merged_by_peft(tmp_path):
+    """A LoRA that peft merged and saved opens as a base with the merged model's logits, within rounding of fp32."""
+    nano = checkpoint.find_checkpoint("nano")
+    model = peft.get_peft_model(
+        GPT2LMHeadModel.from_pretrained(nano, dtype=torch.float32), peft.LoraConfig(init_lora_weights=False)
+    )
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path, max_shard_size="8MB")
+    AutoTokenizer.from_pretrained(nano).save_pretrained(tmp_path)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        expected, found = merged(ids).logits, load_gpt(tmp_path)(ids).logits
+    assert methods.load_tokenizer(str(tmp_path)).n_vocab == 3072
+    # 256-long sums in another order: some sqrt(256) roundings of 2^-24 in each of 6 layers, of the largest logit
+    assert (found - expected).abs().max() <= 6 * 16 * 2**-24 * expected.abs().max()
+
+
+HOSTILE_INDEX = [
+    ({"weight_map": {"a": "../../etc/model-00001-of-00003.safetensors"}}, "names '../../etc"),
+    ({"weight_map": {"a": "/etc/passwd"}}, "names '/etc/passwd'"),
+    ({"weight_map": {"a": "C:\\model-00001-of-00003.safetensors"}}, "names 'C:"),
+    ({"weight_map": {"a": "model-00001-of-00003.safetensors\n"}}, "names 'model"),
+    ({"weight_map": {"a": "model-٣-of-٣.safetensors"}}, "names 'model"),
+    ({"weight_map": {"a": ["model-00001-of-00003.safetensors"]}}, "names"),
+    ({"weight_map": {"a": None}}, "names 'None'"),
+    ({"weight_map": ["model-00001-of-00003.safetensors"]}, "names 'nothing'"),
+    ({}, "names 'nothing'"),
+    ({"weight_map": {}}, "no tensor transformer.wte.weight"),
+    ({"weight_map": {"a": "model-00009-of-00009.safetensors"}}, "model-00009-of-00009.safetensors: no such file"),
+    ({"weight_map": {"a": "model-00001-of-00003.safetensors"}}, "no tensor"),
+    ([], "must hold an object"),
+]
+
+
+@pytest.mark.parametrize("content, match", HOSTILE_INDEX)
+def test_hostile_index(shards, tmp_path, content, match):
+    """An index that names what is no shard of its folder, or too few, is refused, and nothing outside is opened."""
+    shutil.copytree(shards, tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps(content))
+    refuse(tmp_path / "base", match)
+
+
+def test_repeated_names_in_shards(shards, tmp_path):
+    """A tensor that two shards hold is refused: which one is meant?"""
+    folder = tmp_path / "base"
+    shutil.copytree(shards, folder)
+    shutil.copy(folder / "model-00001-of-00003.safetensors", folder / "model-00002-of-00003.safetensors")
+    refuse(folder, "which is in model-00001-of-00003.safetensors already")
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    os.mkfifo(folder / "model-00002-of-00003.safetensors")
+    refuse(folder, "no such file")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"type": "Unigram"}}, {"model": {"type": "BPE"}}, {"model": None}, {"pre_tokenizer": None},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, {"normalizer": {"type": "NFC"}},
+        {"added_tokens": None}, {"added_tokens": [{"id": 9, "content": "!"}]}, {"added_tokens": [{"content": "x"}]},
+        {"added_tokens": [{"id": 3072, "content": "<pad>"}]}, {"model": {"type": "BPE", "vocab": [], "merges": []}},
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [7]}},
+    ],
+)  # fmt: skip
+def test_another_tokenizer_json(shards, tmp_path, changes):
+    """A tokenizer.json that is no GPT-2's, or is damaged, is refused in one line that names the file."""
+    stored = json.loads((shards / "tokenizer.json").read_text("utf-8"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored | changes))
+    with pytest.raises(Error, match="tokenizer.json") as error:
+        tokenizer.load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("base", ["nano", "out/full", None])
+def test_an_adapter_is_no_base(tmp_path, base):
+    """The folder of an adapter in place of a base's says whose adapter it is, and what can be done."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    refuse(tmp_path, f"is an adapter of the base {base!r} and no base itself: --base {base}, or merge_lora")
+    (tmp_path / "adapter_config.json").write_text("[1]")
+    refuse(tmp_path, "adapter_config.json must hold an object")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neo", "gemma3_text"])
+def test_another_kind_of_model(tmp_path, kind):
+    """A folder of another architecture is called by its model_type, before its weights or tokenizer are looked at."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    refuse(tmp_path, f"of a model of type '{kind}'")
+    with pytest.raises(Error, match=f"of a model of type '{kind}'"):
+        methods.load_tokenizer(str(tmp_path))
+
+
 # ----------------------------------------------------------------------------------------------------------------- hub
 
 
@@ -294,7 +405,7 @@ def test_hub_without_network(error):
 def test_hub_without_its_library():
     """Without huggingface_hub, a hub name says how to install it."""
     with mock.patch.dict(sys.modules, huggingface_hub=None):
-        refuse("gpt2-medium", r"^gpt2-medium .*pip install "nanopeft\[hub\]", or give a folder")
+        refuse("gpt2-medium", r'^gpt2-medium .*pip install "nanopeft\[hub\]", or give a folder')
 
 
 def test_folder_goes_before_hub(folder, monkeypatch):

@@ -34,19 +34,15 @@ HUB = {
 def load_gpt(name_or_dir="nano", dtype=torch.float32):
     """The embedded base ("nano"), a folder in Hugging Face's GPT-2 format, or one of HUB by name."""
     folder = find_checkpoint(name_or_dir)
-    path = folder / "model.safetensors"
-    if not os.path.isfile(path):  # a pipe would be waited for
-        raise Error(f"{path}: no such file")
     with torch.device("meta"):  # shapes without memory, until the file's tensors are put in their place
         model = gpt.GPT(**read_config(folder / "config.json"))
-    state = {}
+    state, path = {}, folder
     try:
-        with safe_open(path, "pt") as file:
-            stored = {key.removeprefix("transformer."): key for key in file.keys()}
+        stored = find_tensors(folder)
         for key, p in model.named_parameters():
-            name = stored.pop(key.removeprefix("transformer."), None)
+            path, name = stored.pop(key.removeprefix("transformer."), (folder, None))
             if name is None:
-                raise Error(f"{path} has no tensor {key}")
+                raise Error(f"{folder} has no tensor {key}")
             # Opened for each tensor: closing unmaps the file's pages, so that memory never holds the model twice
             with safe_open(path, "pt") as file:
                 tensor = file.get_tensor(name)
@@ -60,12 +56,33 @@ def load_gpt(name_or_dir="nano", dtype=torch.float32):
         raise Error(f"{path} cannot be read as safetensors: {error}") from None
     # Older checkpoints carry the causal mask, and some the tied head; anything else, say a layer more, is a mistake
     known = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
-    left = [name for name in stored.values() if not name.endswith(known)]
+    left = [name for _, name in stored.values() if not name.endswith(known)]
     if left:
-        raise Error(f"{path} has tensors that config.json has no place for: {', '.join(left[:3])}")
+        raise Error(f"{folder} has tensors that config.json has no place for: {', '.join(left[:3])}")
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
     return model
+
+
+def find_tensors(folder):
+    """{name without "transformer.": (file, name there)} of model.safetensors, or of the shards in a base's index."""
+    index, files = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if os.path.isfile(index) and not os.path.isfile(folder / files[0]):
+        weight_map = read_json(index).get("weight_map")
+        files = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else ["nothing"]
+        if strange := [file for file in files if not re.fullmatch(r"model-[0-9]+-of-[0-9]+\.safetensors", file)]:
+            raise Error(f"{index} names {strange[0]!r}, where a shard is model-00001-of-00002.safetensors, say")
+    found = {}
+    for path in (folder / file for file in files):
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise Error(f"{path}: no such file")
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                key = name.removeprefix("transformer.")
+                if key in found:
+                    raise Error(f"{path} has {name}, which is in {found[key][0].name} already")
+                found[key] = path, name
+    return found
 
 
 def save_gpt(model, folder):
@@ -110,19 +127,32 @@ def find_checkpoint(name_or_dir):
         raise Error(f"{name_or_dir} {where}, or give a folder that holds {', '.join(files)}")
     folder = Path(name_or_dir)
     if not os.path.isfile(folder / "config.json"):  # Path.is_file raises if the name is too long
+        if os.path.isfile(folder / "adapter_config.json"):
+            base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+            makes = "merge_lora and save_gpt make a base of a LoRA"
+            raise Error(f"{folder} is an adapter of the base {base!r} and no base itself: --base {base}, or {makes}")
         known = ", ".join(HUB)
         raise Error(f"no base {str(folder)!r}: give nano, a folder with config.json and model.safetensors, or {known}")
+    read_config(folder / "config.json")  # before the tokenizer: a Llama's is another
     return folder
+
+
+def read_json(path):
+    """The object in a JSON file."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise Error(f"{path} is no JSON file: {error}") from None
+    if not isinstance(found, dict):
+        raise Error(f"{path} must hold an object, not {found!r}")
+    return found
 
 
 def read_config(path):
     """The arguments of GPT from a config.json; what this GPT does not do is refused."""
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise Error(f"{path} is no JSON file: {error}") from None
-    if not isinstance(config, dict) or config.get("model_type") != "gpt2":
-        raise Error(f"{path}: this is a GPT-2; model_type must be 'gpt2'")
+    config = read_json(path)
+    if (kind := config.get("model_type")) != "gpt2":
+        raise Error(f"{path} is of a model of type {kind!r}, and a base is a GPT-2: its model_type is 'gpt2'")
 
     sizes = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
     for key, default in sizes.items():
@@ -180,13 +210,11 @@ def read_adapter(folder):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not os.path.isfile(folder / name):  # a pipe would be waited for
             raise Error(f"{folder} holds no adapter: there is no file {name}")
+    config = read_json(folder / "adapter_config.json")
     try:
-        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
         state = {key: t.clone() for key, t in load_file(folder / "adapter_model.safetensors").items()}  # not mapped
-    except (OSError, ValueError, SafetensorError, RecursionError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise Error(f"{folder} holds no adapter: {error}") from None
-    if not isinstance(config, dict):
-        raise Error(f"{folder / 'adapter_config.json'} must hold an object, not {config!r}")
     for key, t in state.items():
         if not t.is_floating_point() or t.element_size() < 2:
             raise Error(f"{folder / 'adapter_model.safetensors'}: {key} is {t.dtype}, which holds no trained numbers")

@@ -75,28 +75,48 @@ def byte_alphabet():
 
 
 def load_tokenizer(folder):
-    """The tiktoken.Encoding of a folder's vocab.json and merges.txt."""
+    """The tiktoken.Encoding of a folder's vocab.json and merges.txt, or of tokenizer.json where these are missing."""
     folder = Path(folder)
     byte_of = {char: byte for byte, char in byte_alphabet().items()}
-    for name in ("vocab.json", "merges.txt"):
+    names = ["vocab.json", "merges.txt"]
+    if os.path.isfile(folder / "tokenizer.json") and not os.path.exists(folder / "vocab.json"):
+        names = ["tokenizer.json"]
+    for name in names:
         if not os.path.isfile(folder / name):  # a pipe would be waited for
             raise Error(f"{folder / name}: no such file; vocab.json and merges.txt are GPT-2's tokenizer")
     try:
-        vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
-        lines = (folder / "merges.txt").read_text("utf-8").splitlines()
-        merges = [line.replace(" ", "") for line in lines if line and not line.startswith("#version")]
+        vocab, merges = (read_tokenizer_json if len(names) == 1 else read_two_files)(folder)
         special = {ENDOFTEXT: vocab.pop(ENDOFTEXT)}
         ranks = {bytes(byte_of[c] for c in token): id for token, id in vocab.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise Error(f"{folder} has no GPT-2 tokenizer (vocab.json with {ENDOFTEXT}, merges.txt): {error!r}") from None
+        files = " and ".join(names)
+        raise Error(f"{folder} has no GPT-2 tokenizer in {files} (with {ENDOFTEXT}): {error!r}") from None
     ids = [*vocab.values(), *special.values()]
     if any(type(id) is not int for id in ids) or sorted(ids) != [*range(len(ids))]:
-        raise Error(f"{folder / 'vocab.json'}: token ids must be 0 to {len(ids) - 1}, each once")
+        raise Error(f"{folder / names[0]}: token ids must be 0 to {len(ids) - 1}, each once")
     if not {bytes([b]) for b in range(256)} <= ranks.keys():
-        raise Error(f"{folder / 'vocab.json'}: each of the 256 bytes must be a token")
-    if [*vocab] != sorted(vocab, key=vocab.get) or [*vocab][256:] != merges or len(ranks) != len(vocab):
-        raise Error(f"{folder / 'vocab.json'}: token ids must follow the order of merges.txt")
+        raise Error(f"{folder / names[0]}: each of the 256 bytes must be a token")
+    if sorted(vocab, key=vocab.get)[256:] != merges or len(ranks) != len(vocab):
+        raise Error(f"{folder / names[0]}: token ids must follow the order of the merges")
     return tiktoken.Encoding(str(folder), pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+
+def read_two_files(folder):
+    """({token: id}, [merged token])."""
+    lines = (folder / "merges.txt").read_text("utf-8").splitlines()
+    merges = [line.replace(" ", "") for line in lines if line and not line.startswith("#version")]
+    return json.loads((folder / "vocab.json").read_text("utf-8")), merges
+
+
+def read_tokenizer_json(folder):
+    """The same from tokenizer.json, which transformers writes alone since version 5. ValueError if it is no GPT-2's."""
+    stored = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    model, words = stored["model"], stored["pre_tokenizer"]
+    kind = [model["type"], words["type"], words["add_prefix_space"], words.get("use_regex", True), stored["normalizer"]]
+    if kind != ["BPE", "ByteLevel", False, True, None]:
+        raise ValueError(f"{kind} is not byte-level BPE")
+    vocab = model["vocab"] | {token["content"]: token["id"] for token in stored["added_tokens"]}
+    return vocab, ["".join(merge).replace(" ", "") for merge in model["merges"]]
 
 
 def save_tokenizer(encoding, folder):
