@@ -42,7 +42,8 @@ def main():
     if args.generate is not None:
         model, encoding = methods.load(args.generate, process.DTYPES[precision], ranks.device)
         return print(sample(model, encoding, args.prompt or "", ranks.device, args.seed))
-    fine_tune(args, precision, ranks)
+    with checkpoint.claim(args.out, ranks.rank):
+        fine_tune(args, precision, ranks)
 
 
 def fine_tune(args, precision, ranks):
@@ -85,7 +86,7 @@ def fine_tune(args, precision, ranks):
     ranks.say(f"{args.method}, {precision}, {device}: {args.base} learns {args.data}")
     ranks.say(f"{counts['trained_parameters']:,} of {counts['total_parameters']:,} parameters are trained")
     ranks.say(f"state saved every {args.save_every} steps to {state}")
-    checkpoint.make_folder(out)
+    checkpoint.set_aside(state, progress, ranks)
     meter.lap(progress)
 
     # Loop: one optimizer step after the other
@@ -127,8 +128,7 @@ def fine_tune(args, precision, ranks):
                 meter.lap(progress, training=True)
                 save(model, engine, progress, state, batches[-1], ranks)
             if stopped and progress.step < args.steps:
-                left = f"saved in {state}; the same command with --resume goes on"
-                raise Failure(f"stopped after step {progress.step}, {left}")
+                raise Failure(f"stopped after step {progress.step}, saved in {state}: the same with --resume goes on")
 
     # Evaluate what was trained, and save it
     with engine.whole() as complete:
@@ -183,12 +183,12 @@ def save(model, engine, progress, state, batch, ranks):
 
 def resume(args, state, engine, ranks):
     """The progress of the run whose state is there, loaded into the engine; or that of a new one."""
+    checkpoint.check_space(state.parent, engine.shapes)
     no_result = ("out", "resume", "save_every", "generate", "zero", "offload", "fsdp", "debug")  # these change none
     settings = {name: value for name, value in vars(args).items() if name not in no_result}
     there = ranks.sum(int(args.resume and os.path.isfile(state)))  # Path.is_file raises for some names
     if there not in (0, ranks.world):
-        on_disk = f"there for {there:.0f} of {ranks.world} processes"
-        raise Error(f"{state} is {on_disk}: --out must be on a disk that all can read")
+        raise Error(f"{state} is there for {there:.0f} of {ranks.world} processes: --out must be on a disk of all")
     if not there:
         return checkpoint.Progress(settings, world=ranks.world)
     progress, states = checkpoint.load_state(state, settings, engine.shapes)

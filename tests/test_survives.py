@@ -13,8 +13,10 @@ import runpy
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import tempfile
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -181,6 +183,160 @@ def test_interrupted_in_a_step_says_where_it_saved(monkeypatch, files, tmp_path,
     assert train(monkeypatch, files, tmp_path / "o") == 1
     line = last_line(capsys)
     assert "step 1" in line and str(tmp_path / "o" / "state.safetensors") in line and "--resume" in line
+
+
+# ----------------------------------------------------------------------------------------------- the folder of results
+
+
+def stop_after(monkeypatch, n):
+    """Ctrl-C in the n-th step from here."""
+    sample, calls = data.TokenStream.sample, []
+
+    def interrupt(self, size):
+        calls.append(1)
+        if len(calls) == n:
+            signal.raise_signal(signal.SIGINT)
+        return sample(self, size)
+
+    monkeypatch.setattr(data.TokenStream, "sample", interrupt)
+
+
+def test_a_new_run_keeps_the_state_of_one_that_did_not_end(monkeypatch, files, tmp_path, capsys):
+    """Without --resume, an unfinished run's state is kept under another name, and said to be; from it one can go on."""
+    out = tmp_path / "o"
+    for n, seed in ((4, 1), (3, 2), (2, 3)):
+        with monkeypatch.context() as patch:
+            stop_after(patch, n)
+            assert train(patch, files, out, f"--seed {seed}") == 1
+    assert {path.name for path in out.iterdir()} == {"state.safetensors", "state-1.safetensors", "state-2.safetensors"}
+    said = capsys.readouterr().out
+    assert "4 steps of a run that did not end are kept as" in said and "3 steps of a run that did not end" in said
+    assert train(monkeypatch, files, out, "--seed 3 --resume") == 0
+    os.replace(out / "state-1.safetensors", out / "state.safetensors")
+    assert train(monkeypatch, files, out, "--seed 1 --resume") == 0
+    assert "going on from step 4" in capsys.readouterr().out
+
+
+def test_the_same_command_twice(monkeypatch, files, tmp_path, capsys):
+    """A run that ended is done again by the same command, over its own files, and leaves the same and no others."""
+    out, found = tmp_path / "o", []
+    for _ in range(2):
+        assert train(monkeypatch, files, out) == 0
+        found.append({path.name: path.read_bytes() for path in out.iterdir() if path.name.startswith("adapter")})
+        assert len([*out.iterdir()]) == 5
+    assert found[0] == found[1] and len(found[0]) == 2 and "kept as" not in capsys.readouterr().out
+
+
+def test_a_damaged_state_is_replaced(monkeypatch, files, tmp_path, capsys):
+    """A state that nobody could go on from does not keep a new run from its folder."""
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "state.safetensors").write_bytes(b"\0" * 50)
+    assert train(monkeypatch, files, tmp_path / "o") == 0 and KILL["state_step"](tmp_path / "o") == 6
+
+
+def test_a_run_that_fails_early_moves_nothing(monkeypatch, files, tmp_path, capsys):
+    """Wrong use and a base that is damaged leave an unfinished run's state where it is."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert train(patch, files, tmp_path / "o") == 1
+    before = (tmp_path / "o" / "state.safetensors").read_bytes()
+    monkeypatch.setattr(gpt, "chunked_loss", lambda *args: torch.tensor(math.nan))
+    assert train(monkeypatch, files, tmp_path / "o") == 1 and train(monkeypatch, files, tmp_path / "o", "--rank 0") == 2
+    assert [path.name for path in (tmp_path / "o").iterdir()] == ["state.safetensors"]
+    assert (tmp_path / "o" / "state.safetensors").read_bytes() == before
+
+
+def test_two_runs_in_one_folder(monkeypatch, files, tmp_path, capsys):
+    """A run in a folder where another is at work is refused in one line with code 2; once that is killed, it is not."""
+    first = "import nanopeft.trainer.methods as m, time; m.load_base = lambda *_: time.sleep(1000)"
+    other = KILL["start"](files, tmp_path / "o", "--method lora", first)
+    while not (tmp_path / "o" / ".lock").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    for flags in ("", "--resume"):
+        assert train(monkeypatch, files, tmp_path / "o", flags) == 2
+        assert "another run is at work" in last_line(capsys)
+    other.kill()
+    other.join()
+    assert train(monkeypatch, files, tmp_path / "o") == 0
+    assert not (tmp_path / "o" / ".lock").exists() and ".lock" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("way", ["a file", "a file above", "no folder can be", "read only", "a folder for a file"])
+def test_out_that_cannot_be_written_to(monkeypatch, files, tmp_path, capsys, way):
+    """An --out that cannot be written to is refused at once, before the base is loaded, in one line with code 2."""
+    monkeypatch.setattr(methods, "load_base", lambda *_: pytest.fail("the base was loaded"))
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "o" / "state.safetensors").mkdir(parents=True)
+    outs = {"a file": tmp_path / "file", "a file above": tmp_path / "file" / "o", "no folder can be": "/proc/o"}
+    outs |= {"read only": "/proc", "a folder for a file": tmp_path / "o"}
+    assert train(monkeypatch, files, outs[way]) == 2
+    assert f"--out {outs[way]} cannot be written to" in last_line(capsys)
+    assert (tmp_path / "file").read_text() == "mine" and not [*(tmp_path / "o").glob(".*")]
+
+
+def test_a_disk_without_space(monkeypatch, files, tmp_path, capsys):
+    """A disk with less space than a state takes is refused before the first evaluation, with both sizes."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 100_000))
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("it was evaluated"))
+    assert train(monkeypatch, files, tmp_path / "o", "--method full") == 2
+    assert "0.1 MB free, and a state takes 0.4 MB" in last_line(capsys) and not (tmp_path / "o").exists()
+
+
+READERS = [("--help", "stdout"), ("--generate {files}/base", "both"), ("--steps 2", "stdout"), ("--steps 2", "both")]
+READERS = [("--generate {files}/base", "stdout"), *(pytest.param(*case, marks=thorough) for case in READERS)]
+
+
+@pytest.mark.parametrize("flags, streams", READERS)
+def test_a_reader_that_goes(files, tmp_path, flags, streams):
+    """`| head`, and `2>&1 | head`, end no run and no sample: what nobody reads is dropped, and the exit code is 0."""
+    flags = flags.format(files=files).split()
+    if "--steps" in flags:
+        flags += ["--base", files / "base", "--data", files / "a.txt", "--length", "32", "--out", tmp_path / "o"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    errors = writer if streams == "both" else subprocess.PIPE
+    done = subprocess.run([sys.executable, SCRIPT, *flags], stdout=writer, stderr=errors, text=True)
+    os.close(writer)
+    assert done.returncode == 0 and "Traceback" not in (done.stderr or "") and "Broken" not in (done.stderr or "")
+    assert "--steps" not in flags or (tmp_path / "o" / "result.json").exists()
+
+
+@thorough
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_output_to_a_full_disk(files):
+    """A text that cannot be written is a failure, and no success: a line that says so, exit code 1."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, SCRIPT, "--generate", files / "base"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "No space left" in done.stderr.splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------------------------- samples
+
+
+def test_a_prompt_that_leaves_little_room(monkeypatch, files, capsys):
+    """A prompt that leaves fewer tokens than a sample has says on stderr how many; a shorter one says nothing."""
+    model, encoding = methods.load(files / "base", torch.float32, CPU)
+    for n in (1, 61):  # and <eot>, of 64 positions
+        evaluate.sample(model, encoding, "x" * n, CPU, 0)
+        assert f"the prompt takes {n + 1} of 64 positions: {63 - n} are left" in capsys.readouterr().err
+    model.config.n_positions = 200
+    monkeypatch.setattr(gpt, "generate", lambda model, ids, *_, **__: ids)
+    evaluate.sample(model, encoding, "x", CPU, 0)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("text", ["中文", "é", "😀", "a"])
+def test_a_sample_ends_with_a_whole_character(monkeypatch, files, text):
+    """A sample whose last token is a part of a character ends before that; bytes that are no character stay visible."""
+    model, encoding = methods.load(files / "base", torch.float32, CPU)
+    tokens = [encoding.encode_single_token(bytes([byte])) for byte in b"a\xffb"]
+    added = encoding.encode_ordinary(text)[:-1] if text != "a" else tokens
+    monkeypatch.setattr(gpt, "generate", lambda model, ids, *_, **__: torch.cat((ids, torch.tensor([added])), 1))
+    shown = evaluate.sample(model, encoding, "中", CPU, 0)
+    assert shown == "中" + text[:-1] if text != "a" else shown == "中a\ufffdb"
 
 
 # ------------------------------------------------------------------------------------------------------- our own state
@@ -726,13 +882,6 @@ def test_out_of_memory_is_one_line(monkeypatch, files, tmp_path, capsys):
     """A batch that no machine can hold is a failure: exit code 1 and one line."""
     assert train(monkeypatch, files, tmp_path / "o", f"--batch {10**15}") == 1
     assert "out of memory" in last_line(capsys)
-
-
-def test_out_that_is_a_file(monkeypatch, files, tmp_path, capsys):
-    """A file in the place of the folder of results is wrong use, and stays as it is."""
-    (tmp_path / "o").write_text("mine")
-    assert train(monkeypatch, files, tmp_path / "o") == 2
-    assert "--out" in last_line(capsys) and (tmp_path / "o").read_text() == "mine"
 
 
 @pytest.mark.parametrize("flags, code", [("--steps 0", 2), (f"--batch {10**15}", 1)])

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: MIT
 """train.py as a user runs it, on a base of one small layer that is made here."""
 
+import functools
 import json
 import math
 import os
 import runpy
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanopeft import adamw, data, gpt, ptuning, zero
-from nanopeft.trainer import checkpoint, evaluate, methods, process, tokenizer
+from nanopeft.trainer import checkpoint, evaluate, methods, process, report, tokenizer
 from nanopeft.trainer.checkpoint import load_gpt, save_gpt
 
 SCRIPT = Path(__file__).parent.parent / "train.py"
@@ -80,7 +84,7 @@ def train(monkeypatch, files, out, flags=""):
     """Runs train.py in this process with quick settings and further flags in one string; returns result.json."""
     flags = flags.format(files=files)
     command = f"--base {files}/base --data {files}/a.txt --steps 6 --batch 4 --length 32 --out {out} {flags}"
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command.split()])
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *shlex.split(command)])
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         runpy.run_path(str(SCRIPT), run_name="__main__")
@@ -301,6 +305,35 @@ def test_all_methods_beside_each_other(monkeypatch, files, tmp_path, capsys):
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 3 + len(results) and len({len(line) for line in table}) == 1
+
+
+@pytest.mark.parametrize(
+    "name, shown", [("中文 été\n.txt", r"lora on \u4e2d\u6587 été\n.txt"), ("$x$ \\x.txt", r"lora on \$x\$ \x.txt")]
+)
+def test_title_of_the_picture(monkeypatch, files, tmp_path, name, shown):
+    """loss.png shows what matplotlib's font lacks as escapes, without a warning, and dollars as dollars."""
+    titles, plot = [], report.plot
+
+    def spy(*args):
+        titles.append(args[-1].replace(f"{tmp_path}/", ""))
+        plot(*args)
+
+    monkeypatch.setattr(report, "plot", spy)
+    shutil.copy(files / "a.txt", tmp_path / name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(monkeypatch, files, tmp_path / "o", f"--steps 1 --data {shlex.quote(str(tmp_path / name))}")
+    assert titles == [shown]
+
+
+def test_scratch_is_called_scratch(monkeypatch, files, tmp_path):
+    """The picture of a model trained from nothing says so, and not "full"."""
+    titles = []
+    monkeypatch.setattr(report, "plot", lambda *args: titles.append(args[-1]) or Path(args[0]).touch())
+    sizes = dict(n_positions=64, n_embd=8, n_layer=1, n_head=1)
+    monkeypatch.setattr(gpt, "GPT", functools.partial(gpt.GPT, **sizes))
+    train(monkeypatch, files, tmp_path / "o", "--method full --base scratch --steps 1")
+    assert titles == [f"scratch on {files}/a.txt"]
 
 
 def test_full_training_after_an_adapter_in_one_folder(monkeypatch, files, tmp_path):

@@ -6,15 +6,19 @@
     a run's state   state.safetensors: trained parameters, Adam's state and the progress, with a checksum
 """
 
+import itertools
 import json
 import math
 import os
 import re
+import shutil
 import zlib
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout  # torch brings it
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -191,11 +195,47 @@ def write(path, content):
         raise Failure(f"{path} cannot be written, and stays as it was: {error}; --resume then goes on") from None
 
 
-def make_folder(path):
+@contextmanager
+def claim(folder, rank=0):
+    """Around a run: makes its folder of results and keeps other runs out of it, until the run ends or is killed.
+
+    Error if it cannot be written to. A folder that stays empty is taken away again.
+    """
+    if rank > 0:
+        yield
+        return
+    folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    lock = FileLock(folder / ".lock")
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            if path.suffix in (".safetensors", ".json", ".png", ".txt", ".new") and path.is_dir():
+                raise IsADirectoryError(f"{path.name} is a folder")
+        open(lock.lock_file, "ab").close()  # in vain, acquire would wait for a folder that can be written to
+        with suppress(NotImplementedError):  # a file system without locks
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise Error(f"another run is at work in {folder}: wait until it ends, or give another --out") from None
     except OSError as error:
-        raise Error(f"--out {path} cannot be a folder: {error}") from None
+        raise Error(f"--out {folder} cannot be written to: {error}") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows deletes no open file, and leaves that to release
+            os.unlink(lock.lock_file)
+        lock.release()
+        with suppress(OSError):  # not empty
+            for path in made:
+                path.rmdir()
+
+
+def check_space(folder, shapes):
+    """Error if the disk has no space for a run's state: master copy, m and v in fp32."""
+    size = 12 * sum(math.prod(shape) for shape in shapes.values())
+    with suppress(OSError):  # the system does not tell
+        if (free := shutil.disk_usage(folder).free) < size:
+            raise Error(f"{folder} has {free / 1e6:,.1f} MB free, and a state takes {size / 1e6:,.1f} MB: free some")
 
 
 def save_adapter(folder, state, config):
@@ -361,6 +401,24 @@ def save_state(path, progress, states):
     text = json.dumps(asdict(progress))
     metadata = {"run": text, "checksum": checksum(tensors, text)}
     write(path, lambda new: save_file(tensors, new, metadata=metadata))
+
+
+def set_aside(path, progress, ranks):
+    """Where a new run would replace the state of one that has not ended, that state gets another name."""
+    if progress.step or ranks.rank or not os.path.isfile(path):
+        return
+    try:
+        with safe_open(path, "pt") as file:
+            losses = json.loads(file.metadata()["run"])["losses"]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):  # damaged: nothing could go on from it
+        return
+    result = path.with_name("result.json")
+    if os.path.isfile(result) and read_json(result).get("losses") == losses:
+        return
+    names = (path.with_name(f"state-{n}.safetensors") for n in itertools.count(1))
+    kept = next(name for name in names if not os.path.exists(name))
+    os.replace(path, kept)
+    ranks.say(f"{len(losses)} steps of a run that did not end are kept as {kept}: --resume takes {path.name}")
 
 
 def load_state(path, settings, shapes):

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """What a model is worth: its loss, the share of right completions, and a text that one can read."""
 
+import codecs
 import math
+import sys
 
 import torch
 from tqdm import tqdm
@@ -57,9 +59,11 @@ def sample(model, encoding, text, device, seed):
     left = free_positions(model) - len(ids)
     if left < 1:
         raise Error(f"--prompt has {len(ids)} tokens; {free_positions(model) - 1} are the most")
+    if left < 80:
+        print(f"the prompt takes {len(ids)} of {free_positions(model)} positions: {left} are left", file=sys.stderr)
     ids = torch.tensor([ids], device=device)
     torch.manual_seed(seed)
     ids = gpt.generate(model, ids, min(80, left), temperature=0.8, top_k=20, eos_token_id=encoding.eot_token)
     model.train()
     words = [i for i in ids[0].tolist() if 0 <= i < encoding.n_vocab and i != encoding.eot_token]  # no virtual tokens
-    return encoding.decode(words)
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(encoding.decode_bytes(words))  # whole characters

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """How the process starts, stops, and says what went wrong: ranks, 16 bits on this CPU, signals, exit codes."""
 
+import errno
 import math
 import os
 import signal
@@ -95,14 +96,34 @@ def signals():
             signal.signal(number, handler)
 
 
+def outlive_reader(stream):
+    """Makes a stream drop what is written after its reader, `head` say, has gone: a run goes on without it."""
+
+    def guarded(function):
+        def call(*args):
+            try:
+                return function(*args)
+            except OSError as error:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                if error.errno not in (errno.EPIPE, errno.EINVAL):  # EINVAL: so Windows calls a closed pipe
+                    raise Failure(f"the output cannot be written: {error}") from None
+
+        return call
+
+    if "flush" not in vars(stream):
+        stream.write, stream.flush = guarded(stream.write), guarded(stream.flush)
+
+
 def run(main):
     """Runs main; what goes wrong becomes one line. Exit code 2 is for wrong use, 1 for a failure."""
     sys.stdout.reconfigure(errors="replace")  # a sample may have characters that the terminal has not
+    outlive_reader(sys.stdout)
+    outlive_reader(sys.stderr)
     try:
         main()
+        sys.stdout.flush()
         if "WORLD_SIZE" in os.environ:
             # Without torch's clean-up: in it a rank that was done has aborted, and torchrun killed the one that saved
-            sys.stdout.flush()
             os._exit(0)
     except (KeyboardInterrupt, Failure, RuntimeError, MemoryError, *ERRORS) as error:
         for bar in [*tqdm._instances]:  # their lines end before the message begins

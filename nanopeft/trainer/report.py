@@ -146,7 +146,8 @@ def finish(args, precision, progress, counts, after, step_memory):
         "losses": progress.losses,
     }  # fmt: skip
     checkpoint.write(out / "result.json", json.dumps(result, indent=2).encode())
-    title = f"{args.method} on {escape(args.data)}"
+    name = "scratch" if args.base == "scratch" else args.method
+    title = f"{name} on {escape(args.data)}"
     checkpoint.write(out / "loss.png", lambda path: plot(path, progress.losses, before["loss"], after["loss"], title))
 
     for when, figures in (("before", before), ("after", after)):
@@ -168,7 +169,7 @@ def finish(args, precision, progress, counts, after, step_memory):
         print(f"{'' if number else 'memory of':12} {what:12} {size / 1e6:9.3f} MB{beside}")
     for number, (collective, size) in enumerate(step_memory.sent.items()):
         print(f"{'' if number else 'sent':12} {collective:12} {size:,.0f} elements in a step")
-    print(f"files        {', '.join(sorted(map(str, out.iterdir())))}")
+    print(f"files        {', '.join(sorted(str(path) for path in out.iterdir() if path.name != '.lock'))}")
 
 
 def gigabytes(size):
@@ -183,8 +184,11 @@ def smooth(losses):
 
 
 def escape(name):
-    """A name as matplotlib shows it: a dollar would begin a formula."""
-    return name.replace("$", r"\$")
+    """A name as matplotlib's font can show it: a Chinese character would be a box, and a dollar begin a formula."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    known = get_font(findfont(FontProperties())).get_charmap()
+    return "".join(c if ord(c) in known else ascii(c)[1:-1] for c in name).replace("$", r"\$")
 
 
 def plot(path, losses, before, after, title):
@@ -221,21 +225,22 @@ def compare(args, given):
 
     results = {}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to pass it on
-    for name, flags in runs.items():
-        print(f"\n{name}", flush=True)
-        command = [sys.executable, sys.argv[0], *shared, *flags, "--out", f"{out}/{name}"]
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # its report is in its result.json
-        try:
-            code = child.wait()
-        except KeyboardInterrupt:
-            if sys.platform != "win32":  # there Ctrl-C reaches it as well, and this would not let it save
-                child.terminate()  # it saves its state and ends
-            code = child.wait() or 1  # 0: it was at its last step
-        if code < 0:  # the system's, if memory ran out
-            raise Failure(f"{name} was ended by signal {-code}; the same command with --resume goes on")
-        if code:
-            sys.exit(code)
-        results[name] = json.loads((out / name / "result.json").read_text("utf-8"))
+    with checkpoint.claim(out):
+        for name, flags in runs.items():
+            print(f"\n{name}", flush=True)
+            command = [sys.executable, sys.argv[0], *shared, *flags, "--out", f"{out}/{name}"]
+            child = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # its report is in its result.json
+            try:
+                code = child.wait()
+            except KeyboardInterrupt:
+                if sys.platform != "win32":  # there Ctrl-C reaches it as well, and this would not let it save
+                    child.terminate()  # it saves its state and ends
+                code = child.wait() or 1  # 0: it was at its last step
+            if code < 0:  # the system's, if memory ran out
+                raise Failure(f"{name} was ended by signal {-code}; the same command with --resume goes on")
+            if code:
+                sys.exit(code)
+            results[name] = json.loads((out / name / "result.json").read_text("utf-8"))
     del results[f"adapter-{other}"]
 
     quantity = "loss" if results["full"]["accuracy_after"] is None else "accuracy"
