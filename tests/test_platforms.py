@@ -45,6 +45,7 @@ def checked(file, mode="r", buffering=-1, encoding=None, *rest, **more):
 builtins.open = io.open = checked
 """
 WINDOWS = """
+import filelock  # with the lock of the system that it is really on
 for name in ("resource", "fcntl", "pwd", "grp", "termios"):
     sys.modules[name] = None
 there = ("SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM", "SIG_DFL", "SIG_IGN")

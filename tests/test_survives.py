@@ -44,6 +44,7 @@ thorough = pytest.mark.thorough
 def every_type_counts_as_fast(monkeypatch):
     """So that a CPU of any kind computes in the type that is asked for: the models here are small."""
     monkeypatch.setattr(process, "slower_than_fp32", lambda dtype: False)
+    monkeypatch.setattr(process, "outlive_reader", lambda stream: None)  # the runs of this process share its streams
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,7 @@ def test_disk_full(files, tmp_path, whole, method, n):
     line = log.strip().split("\n")[-1]
     assert line.startswith("train.py: ") and "File too large" in line and "--resume" in line and str(tmp_path) in line
     assert KILL["state_step"](tmp_path / "o") == min(SAVES, n - 1) * KILL["SAVE_EVERY"]
-    assert method == "full" or not list((tmp_path / "o").glob("*.new"))
+    assert not list((tmp_path / "o").glob("*.new"))
     last, _ = KILL["whole_run"](files, tmp_path / "o", f"--method {method} --resume")
     assert method == "full" or KILL["differences"](last, whole) == []
 
@@ -210,7 +211,7 @@ def test_a_new_run_keeps_the_state_of_one_that_did_not_end(monkeypatch, files, t
             assert train(patch, files, out, f"--seed {seed}") == 1
     assert {path.name for path in out.iterdir()} == {"state.safetensors", "state-1.safetensors", "state-2.safetensors"}
     said = capsys.readouterr().out
-    assert "4 steps of a run that did not end are kept as" in said and "3 steps of a run that did not end" in said
+    assert said.count("the state of a run that did not end is kept as") == 2
     assert train(monkeypatch, files, out, "--seed 3 --resume") == 0
     os.replace(out / "state-1.safetensors", out / "state.safetensors")
     assert train(monkeypatch, files, out, "--seed 1 --resume") == 0
@@ -227,11 +228,12 @@ def test_the_same_command_twice(monkeypatch, files, tmp_path, capsys):
     assert found[0] == found[1] and len(found[0]) == 2 and "kept as" not in capsys.readouterr().out
 
 
-def test_a_damaged_state_is_replaced(monkeypatch, files, tmp_path, capsys):
-    """A state that nobody could go on from does not keep a new run from its folder."""
+def test_a_damaged_state_is_kept_as_well(monkeypatch, files, tmp_path):
+    """A state that nobody could go on from does not keep a new run from its folder, and is not lost."""
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "state.safetensors").write_bytes(b"\0" * 50)
     assert train(monkeypatch, files, tmp_path / "o") == 0 and KILL["state_step"](tmp_path / "o") == 6
+    assert (tmp_path / "o" / "state-1.safetensors").read_bytes() == b"\0" * 50
 
 
 def test_a_run_that_fails_early_moves_nothing(monkeypatch, files, tmp_path, capsys):
@@ -250,7 +252,7 @@ def test_two_runs_in_one_folder(monkeypatch, files, tmp_path, capsys):
     """A run in a folder where another is at work is refused in one line with code 2; once that is killed, it is not."""
     first = "import nanopeft.trainer.methods as m, time; m.load_base = lambda *_: time.sleep(1000)"
     other = KILL["start"](files, tmp_path / "o", "--method lora", first)
-    while not (tmp_path / "o" / ".lock").exists():
+    while not (tmp_path / "o" / ".lock0").exists():
         time.sleep(0.05)
     time.sleep(0.5)
     for flags in ("", "--resume"):
@@ -259,20 +261,19 @@ def test_two_runs_in_one_folder(monkeypatch, files, tmp_path, capsys):
     other.kill()
     other.join()
     assert train(monkeypatch, files, tmp_path / "o") == 0
-    assert not (tmp_path / "o" / ".lock").exists() and ".lock" not in capsys.readouterr().out
+    assert not (tmp_path / "o" / ".lock0").exists() and ".lock" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("way", ["a file", "a file above", "no folder can be", "read only", "a folder for a file"])
+@pytest.mark.parametrize("way", ["a file", "a file above", "no folder can be", "read only"])
 def test_out_that_cannot_be_written_to(monkeypatch, files, tmp_path, capsys, way):
     """An --out that cannot be written to is refused at once, before the base is loaded, in one line with code 2."""
     monkeypatch.setattr(methods, "load_base", lambda *_: pytest.fail("the base was loaded"))
     (tmp_path / "file").write_text("mine")
-    (tmp_path / "o" / "state.safetensors").mkdir(parents=True)
     outs = {"a file": tmp_path / "file", "a file above": tmp_path / "file" / "o", "no folder can be": "/proc/o"}
-    outs |= {"read only": "/proc", "a folder for a file": tmp_path / "o"}
+    outs["read only"] = "/proc"
     assert train(monkeypatch, files, outs[way]) == 2
     assert f"--out {outs[way]} cannot be written to" in last_line(capsys)
-    assert (tmp_path / "file").read_text() == "mine" and not [*(tmp_path / "o").glob(".*")]
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_disk_without_space(monkeypatch, files, tmp_path, capsys):
@@ -300,17 +301,6 @@ def test_a_reader_that_goes(files, tmp_path, flags, streams):
     os.close(writer)
     assert done.returncode == 0 and "Traceback" not in (done.stderr or "") and "Broken" not in (done.stderr or "")
     assert "--steps" not in flags or (tmp_path / "o" / "result.json").exists()
-
-
-@thorough
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
-def test_output_to_a_full_disk(files):
-    """A text that cannot be written is a failure, and no success: a line that says so, exit code 1."""
-    with open("/dev/full", "w") as full:
-        command = [sys.executable, SCRIPT, "--generate", files / "base"]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "No space left" in done.stderr.splitlines()[-1]
 
 
 # ------------------------------------------------------------------------------------------------------------- samples

@@ -40,7 +40,7 @@ def load_gpt(name_or_dir="nano", dtype=torch.float32):
     folder = find_checkpoint(name_or_dir)
     with torch.device("meta"):  # shapes without memory, until the file's tensors are put in their place
         model = gpt.GPT(**read_config(folder / "config.json"))
-    state, path = {}, folder
+    state = {}
     try:
         stored = find_tensors(folder)
         for key, p in model.named_parameters():
@@ -57,7 +57,7 @@ def load_gpt(name_or_dir="nano", dtype=torch.float32):
                 tensor = tensor.t() if is_conv1d(key) else tensor
                 state[key] = torch.empty(p.shape, dtype=dtype).copy_(tensor)
     except (SafetensorError, OSError) as error:
-        raise Error(f"{path} cannot be read as safetensors: {error}") from None
+        raise Error(f"{folder}: model.safetensors, or a shard of it, cannot be read: {error}") from None
     # Older checkpoints carry the causal mask, and some the tied head; anything else, say a layer more, is a mistake
     known = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
     left = [name for _, name in stored.values() if not name.endswith(known)]
@@ -69,22 +69,21 @@ def load_gpt(name_or_dir="nano", dtype=torch.float32):
 
 
 def find_tensors(folder):
-    """{name without "transformer.": (file, name there)} of model.safetensors, or of the shards in a base's index."""
-    index, files = folder / "model.safetensors.index.json", ["model.safetensors"]
-    if os.path.isfile(index) and not os.path.isfile(folder / files[0]):
-        weight_map = read_json(index).get("weight_map")
-        files = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else ["nothing"]
-        if strange := [file for file in files if not re.fullmatch(r"model-[0-9]+-of-[0-9]+\.safetensors", file)]:
-            raise Error(f"{index} names {strange[0]!r}, where a shard is model-00001-of-00002.safetensors, say")
-    found = {}
-    for path in (folder / file for file in files):
+    """{name without "transformer.": (file, name there)} of model.safetensors, or else of shards.
+
+    Their index only says which tensor is where, and a shard says so itself: it is not read.
+    """
+    paths, found = [folder / "model.safetensors"], {}
+    if not os.path.isfile(paths[0]):
+        paths = sorted(folder.glob("model-*-of-*.safetensors")) or paths
+    for path in paths:
         if not os.path.isfile(path):  # a pipe would be waited for
             raise Error(f"{path}: no such file")
         with safe_open(path, "pt") as file:
             for name in file.keys():
                 key = name.removeprefix("transformer.")
                 if key in found:
-                    raise Error(f"{path} has {name}, which is in {found[key][0].name} already")
+                    raise Error(f"{path} has {name}, and {found[key][0].name} has it as well")
                 found[key] = path, name
     return found
 
@@ -101,11 +100,8 @@ def save_gpt(model, folder):
     state = model.state_dict()
     del state["lm_head.weight"]  # it is wte's
     state = {key: (t.t() if is_conv1d(key) else t).contiguous() for key, t in state.items()}
-    # Each file is replaced whole: a run that dies here leaves the old one or the new one.
-    save_file(state, folder / "model.safetensors.new", metadata={"format": "pt"})
-    (folder / "config.json.new").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    for file in ("model.safetensors", "config.json"):
-        os.replace(folder / f"{file}.new", folder / file)
+    write(folder / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
+    write(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
 def is_conv1d(key):
@@ -197,45 +193,30 @@ def write(path, content):
 
 @contextmanager
 def claim(folder, rank=0):
-    """Around a run: makes its folder of results and keeps other runs out of it, until the run ends or is killed.
-
-    Error if it cannot be written to. A folder that stays empty is taken away again.
-    """
-    if rank > 0:
-        yield
-        return
-    folder = Path(folder)
-    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
-    lock = FileLock(folder / ".lock")
+    """Makes a run's folder of results and keeps other runs out of it, until this one ends or is killed."""
+    lock = FileLock(Path(folder, f".lock{rank}"))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.iterdir():
-            if path.suffix in (".safetensors", ".json", ".png", ".txt", ".new") and path.is_dir():
-                raise IsADirectoryError(f"{path.name} is a folder")
-        open(lock.lock_file, "ab").close()  # in vain, acquire would wait for a folder that can be written to
-        with suppress(NotImplementedError):  # a file system without locks
-            lock.acquire(timeout=0)
+        os.makedirs(folder, exist_ok=True)
+        open(lock.lock_file, "ab").close()  # acquire would wait for a folder that can be written to
+        lock.acquire(timeout=0)
     except Timeout:
         raise Error(f"another run is at work in {folder}: wait until it ends, or give another --out") from None
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:
         raise Error(f"--out {folder} cannot be written to: {error}") from None
     try:
         yield
     finally:
-        with suppress(OSError):  # Windows deletes no open file, and leaves that to release
+        with suppress(OSError):  # results are there; and Windows leaves the deletion of an open file to release
             os.unlink(lock.lock_file)
+            os.rmdir(folder)
         lock.release()
-        with suppress(OSError):  # not empty
-            for path in made:
-                path.rmdir()
 
 
 def check_space(folder, shapes):
     """Error if the disk has no space for a run's state: master copy, m and v in fp32."""
     size = 12 * sum(math.prod(shape) for shape in shapes.values())
-    with suppress(OSError):  # the system does not tell
-        if (free := shutil.disk_usage(folder).free) < size:
-            raise Error(f"{folder} has {free / 1e6:,.1f} MB free, and a state takes {size / 1e6:,.1f} MB: free some")
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise Error(f"--out {folder} has {free / 1e6:,.1f} MB free, and a state takes {size / 1e6:,.1f} MB")
 
 
 def save_adapter(folder, state, config):
@@ -404,21 +385,14 @@ def save_state(path, progress, states):
 
 
 def set_aside(path, progress, ranks):
-    """Where a new run would replace the state of one that has not ended, that state gets another name."""
-    if progress.step or ranks.rank or not os.path.isfile(path):
-        return
-    try:
-        with safe_open(path, "pt") as file:
-            losses = json.loads(file.metadata()["run"])["losses"]
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):  # damaged: nothing could go on from it
-        return
+    """Gives the state of a run that has not ended another name, where a new run would replace it."""
     result = path.with_name("result.json")
-    if os.path.isfile(result) and read_json(result).get("losses") == losses:
-        return
-    names = (path.with_name(f"state-{n}.safetensors") for n in itertools.count(1))
-    kept = next(name for name in names if not os.path.exists(name))
-    os.replace(path, kept)
-    ranks.say(f"{len(losses)} steps of a run that did not end are kept as {kept}: --resume takes {path.name}")
+    ended = result.exists() and path.exists() and result.stat().st_mtime >= path.stat().st_mtime
+    if path.exists() and not ended and progress.step == 0 and ranks.rank == 0:
+        names = (path.with_name(f"state-{n}.safetensors") for n in itertools.count(1))
+        kept = next(name for name in names if not name.exists())
+        os.replace(path, kept)
+        ranks.say(f"the state of a run that did not end is kept as {kept}; as {path.name}, --resume goes on from it")
 
 
 def load_state(path, settings, shapes):

@@ -1,15 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What nanopeft/memory.py predicts, counted from live tensors: states, saved activations, the peak, and messages sent.
-
-    before = [*model.parameters(), *model.buffers()]
-    with peak_bytes([*before, *optimizer states], device) as peak:
-        with saved_bytes(before) as saved:
-            loss = model(ids, labels=ids).loss
-        saved()                                activations that autograd keeps for backward
-        loss.backward(); optimizer.step()
-    peak()                                     the most bytes that were in use at once
-    measured_states(model, optimizer)          parameters, gradients, optimizer states
-"""
+"""What nanopeft/memory.py predicts, counted from live tensors: states, activations, the peak, and messages sent."""
 
 import os
 import sys

@@ -17,33 +17,25 @@ from nanopeft import adapter, memory, zero
 from nanopeft.trainer import Failure, checkpoint, measure
 from nanopeft.trainer.methods import METHODS
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 # ---------------------------------------------------------------------------------------------------- time and memory
 
 
 def in_use(device):
-    """(bytes in use now, most since the last call), of the device, or of this process's resident memory.
-
-    Zeros where the system tells neither in /proc nor by the module resource: Windows.
-    """
+    """(bytes in use now, most since the last call), of the device, or of this process's resident memory; or zeros."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device), peak
     try:
-        lines = Path("/proc/self/status").read_text("utf-8").splitlines()
-        status = dict(line.split(":", 1) for line in lines)
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text("utf-8").splitlines())
         now, peak = (int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
         Path("/proc/self/clear_refs").write_bytes(b"5")  # sets VmHWM back
-    except (OSError, KeyError):
-        if resource is None:
+    except (OSError, KeyError):  # the peak of the whole run; macOS tells bytes, others kilobytes
+        try:
+            from resource import RUSAGE_SELF, getrusage
+        except ImportError:  # Windows
             return 0, 0
-        # The peak of the whole run; macOS tells bytes, others kilobytes
-        now = peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        now = peak = getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return now, peak
 
 
@@ -160,8 +152,7 @@ def finish(args, precision, progress, counts, after, step_memory):
     if after["accuracy"] is not None:
         print(f"accuracy     {before['accuracy']:.1%} before, {after['accuracy']:.1%} after")
     print(f"speed        {result['tokens_per_second']:,.0f} tokens/s, {progress.seconds:.0f} s in all")
-    peak = gigabytes(progress.peak)
-    print(f"memory       {peak + ' at the peak, base included' if peak else 'not measured on this system'}")
+    print(f"memory       {gigabytes(progress.peak)} at the peak, base included")
     if progress.skipped:
         print(f"skipped      {progress.skipped} steps, on which a gradient overflowed fp16")
     for number, (what, size) in enumerate(step_memory.measured.items()):
@@ -169,11 +160,11 @@ def finish(args, precision, progress, counts, after, step_memory):
         print(f"{'' if number else 'memory of':12} {what:12} {size / 1e6:9.3f} MB{beside}")
     for number, (collective, size) in enumerate(step_memory.sent.items()):
         print(f"{'' if number else 'sent':12} {collective:12} {size:,.0f} elements in a step")
-    print(f"files        {', '.join(sorted(str(path) for path in out.iterdir() if path.name != '.lock'))}")
+    print(f"files        {', '.join(sorted(str(path) for path in out.iterdir() if path.suffix))}")
 
 
 def gigabytes(size):
-    return f"{size / 1e9:.2f} GB" if size else ""
+    return f"{size / 1e9:.2f} GB" if size else "not measured"
 
 
 def smooth(losses):

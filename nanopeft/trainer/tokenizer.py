@@ -24,7 +24,7 @@ from pathlib import Path
 
 import tiktoken
 
-from nanopeft.trainer import Error
+from nanopeft.trainer import Error, checkpoint
 
 ENDOFTEXT = "<|endoftext|>"  # encode_ordinary never makes this token from text, even from a text that contains it
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
@@ -78,19 +78,22 @@ def load_tokenizer(folder):
     """The tiktoken.Encoding of a folder's vocab.json and merges.txt, or of tokenizer.json where these are missing."""
     folder = Path(folder)
     byte_of = {char: byte for byte, char in byte_alphabet().items()}
-    names = ["vocab.json", "merges.txt"]
-    if os.path.isfile(folder / "tokenizer.json") and not os.path.exists(folder / "vocab.json"):
-        names = ["tokenizer.json"]
+    alone = os.path.isfile(folder / "tokenizer.json") and not os.path.exists(folder / "vocab.json")
+    names = ["tokenizer.json"] if alone else ["vocab.json", "merges.txt"]
     for name in names:
         if not os.path.isfile(folder / name):  # a pipe would be waited for
             raise Error(f"{folder / name}: no such file; vocab.json and merges.txt are GPT-2's tokenizer")
     try:
-        vocab, merges = (read_tokenizer_json if len(names) == 1 else read_two_files)(folder)
+        stored = json.loads((folder / names[0]).read_text("utf-8"))
+        if alone:
+            vocab, merges = from_tokenizer_json(stored)
+        else:
+            vocab, lines = stored, (folder / "merges.txt").read_text("utf-8").splitlines()
+            merges = [line.replace(" ", "") for line in lines if line and not line.startswith("#version")]
         special = {ENDOFTEXT: vocab.pop(ENDOFTEXT)}
         ranks = {bytes(byte_of[c] for c in token): id for token, id in vocab.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        files = " and ".join(names)
-        raise Error(f"{folder} has no GPT-2 tokenizer in {files} (with {ENDOFTEXT}): {error!r}") from None
+        raise Error(f"{folder} has no GPT-2 tokenizer in {', '.join(names)} (with {ENDOFTEXT}): {error!r}") from None
     ids = [*vocab.values(), *special.values()]
     if any(type(id) is not int for id in ids) or sorted(ids) != [*range(len(ids))]:
         raise Error(f"{folder / names[0]}: token ids must be 0 to {len(ids) - 1}, each once")
@@ -101,16 +104,8 @@ def load_tokenizer(folder):
     return tiktoken.Encoding(str(folder), pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
-def read_two_files(folder):
-    """({token: id}, [merged token])."""
-    lines = (folder / "merges.txt").read_text("utf-8").splitlines()
-    merges = [line.replace(" ", "") for line in lines if line and not line.startswith("#version")]
-    return json.loads((folder / "vocab.json").read_text("utf-8")), merges
-
-
-def read_tokenizer_json(folder):
-    """The same from tokenizer.json, which transformers writes alone since version 5. ValueError if it is no GPT-2's."""
-    stored = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+def from_tokenizer_json(stored):
+    """({token: id}, [merged token]) of what transformers writes since version 5. ValueError if it is no GPT-2's."""
     model, words = stored["model"], stored["pre_tokenizer"]
     kind = [model["type"], words["type"], words["add_prefix_space"], words.get("use_regex", True), stored["normalizer"]]
     if kind != ["BPE", "ByteLevel", False, True, None]:
@@ -141,8 +136,7 @@ def save_tokenizer(encoding, folder):
     files = {"vocab.json": json.dumps(vocab, ensure_ascii=False), "merges.txt": "\n".join(lines)}
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        (folder / f"{name}.new").write_bytes(content.encode())  # the same bytes on every system
-        os.replace(folder / f"{name}.new", folder / name)  # whole or not at all
+        checkpoint.write(folder / name, content.encode())
 
 
 if __name__ == "__main__":
