@@ -128,7 +128,7 @@ def fine_tune(args, precision, ranks):
                 meter.lap(progress, training=True)
                 save(model, engine, progress, state, batches[-1], ranks)
             if stopped and progress.step < args.steps:
-                raise Failure(f"stopped after step {progress.step}, saved in {state}: the same with --resume goes on")
+                raise Failure(f"stopped after step {progress.step}: {state} is saved, and --resume goes on from it")
 
     # Evaluate what was trained, and save it
     with engine.whole() as complete:

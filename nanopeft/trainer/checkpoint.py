@@ -69,12 +69,9 @@ def load_gpt(name_or_dir="nano", dtype=torch.float32):
 
 
 def find_tensors(folder):
-    """{name without "transformer.": (file, name there)} of model.safetensors, or else of shards.
-
-    Their index only says which tensor is where, and a shard says so itself: it is not read.
-    """
+    """{name without "transformer.": (file, name there)} of model.safetensors, or else of shards."""
     paths, found = [folder / "model.safetensors"], {}
-    if not os.path.isfile(paths[0]):
+    if not os.path.isfile(paths[0]):  # shards' index is not read: each says itself which tensors it has
         paths = sorted(folder.glob("model-*-of-*.safetensors")) or paths
     for path in paths:
         if not os.path.isfile(path):  # a pipe would be waited for

@@ -138,8 +138,7 @@ def finish(args, precision, progress, counts, after, step_memory):
         "losses": progress.losses,
     }  # fmt: skip
     checkpoint.write(out / "result.json", json.dumps(result, indent=2).encode())
-    name = "scratch" if args.base == "scratch" else args.method
-    title = f"{name} on {escape(args.data)}"
+    title = f"{'scratch' if args.base == 'scratch' else args.method} on {escape(args.data)}"
     checkpoint.write(out / "loss.png", lambda path: plot(path, progress.losses, before["loss"], after["loss"], title))
 
     for when, figures in (("before", before), ("after", after)):
