@@ -30,7 +30,7 @@ from tqdm import tqdm
 from nanopeft import data
 from nanopeft.trainer import Error, Failure, arguments, checkpoint, methods, process, report
 from nanopeft.trainer.engine import Engine, storage_dtype
-from nanopeft.trainer.evaluate import accuracy, count_labels, evaluate, sample
+from nanopeft.trainer.evaluate import accuracy, count_labels, evaluate, first_words, sample
 
 
 def main():
@@ -56,7 +56,7 @@ def fine_tune(args, precision, ranks):
     train, valid = data.load(args.data, encoding, args.length)
     if n := train.n_truncated + valid.n_truncated:
         ranks.say(f"{n:,} examples have more than {args.length} tokens and were cut")
-    opening = args.prompt if args.prompt is not None else valid.opening()
+    opening = args.prompt if args.prompt is not None else first_words(valid)
 
     # Base: the pretrained model
     meter = report.Meter(device, began)

@@ -417,7 +417,7 @@ def test_bad_data_is_refused_or_read(tmp_path, cases):
             path.write_bytes(spoil_bytes(draw.draw, path.read_bytes()))
         try:
             for side in data.load(str(path), ENCODING, 8):
-                side.sample(2), list(side.batches(2)), side.opening(), side.bytes()
+                side.sample(2), list(side.batches(2)), evaluate.first_words(side), evaluate.count_bytes(side)
         except data.Error as error:
             assert "\n" not in str(error)
 
@@ -559,11 +559,12 @@ def examples(tmp_path, lines):
 )
 def test_any_text_is_kept(tmp_path, text):
     """Odd texts, as prompt and as completion, come out of the tokens as they went in, and never as a special token."""
-    path = examples(tmp_path, [{"prompt": text, "completion": text}] * 3 + [b"", b"   ", b"\r"])
+    lines = [{"prompt": text + word, "completion": text} for word in ("", "one", "two")]
+    path = examples(tmp_path, [*lines, b"", b"   ", b"\r"])
     train_side, valid = data.load(str(path), ENCODING, 20_000)
     assert len(train_side.items) + len(valid.items) == 3 and train_side.n_truncated == valid.n_truncated == 0
-    for p, c in train_side.items:
-        assert ENCODING.decode(p[1:]) == ENCODING.decode(c[:-1]) == text
+    for p, c in train_side.items + valid.items:
+        assert ENCODING.decode(p[1:]).removesuffix("one").removesuffix("two") == ENCODING.decode(c[:-1]) == text
         assert p.count(ENCODING.eot_token) == c.count(ENCODING.eot_token) == 1
 
 
@@ -594,12 +595,12 @@ def test_texts_of_ten_megabytes_on_a_line(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("words and words, " * 600_000)
     train_side, valid = data.load(str(path), encoding, 128)
-    assert train_side.bytes() + valid.bytes() == 10_200_000
+    assert evaluate.count_bytes(train_side) + evaluate.count_bytes(valid) == 10_200_000
     path.write_text("one\ntwo" + " " * 2_000_000 + "three")
     with pytest.raises(data.Error, match="line 2: 100,000 blanks"):
         data.load(str(path), encoding, 128)
     path.write_text("one\ntwo" + " " * 99_999 + "three")
-    assert sum(side.bytes() for side in data.load(str(path), encoding, 8)) == 7 + 99_999 + 5
+    assert sum(map(evaluate.count_bytes, data.load(str(path), encoding, 8))) == 7 + 99_999 + 5
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
