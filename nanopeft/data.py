@@ -28,8 +28,8 @@ they are often longer than completions, so that their loss would outweigh that o
 Why end-of-text? The first token is predicted from it. Between documents it says that what follows does not go on from
 what came before. After a completion it is scored, so that the model learns to stop.
 Why split by file, topic, paragraph or prompt, and not by token? Neighbouring windows share names, comments and
-sentences. If one is trained on and the next one validates, memorizing looks like learning. So does a copy: nothing that
-validates is in training too, be it a text, a paragraph, a pair, or a prompt with another of its completions.
+sentences. If one is trained on and the next one validates, memorizing looks like learning. So does a copy: no text,
+paragraph or pair that validates is in training too, nor is its prompt, unless it is an instruction for many pairs.
 
 Padding is on the right in training: no token sees the padding behind it (causal mask), and its labels are -100, so no
 attention mask is needed. For generation it is on the left, because new tokens come after a row's last one.
@@ -71,7 +71,7 @@ class TokenStream:
         for ids in encoding.encode_ordinary_batch(texts):
             tokens += [*ids, encoding.eot_token]
         if len(tokens) < length:
-            raise Error(f"{len(tokens)} tokens to train or validate are fewer than the {length} of --length: give more")
+            raise Error(f"{len(tokens)} tokens, fewer than --length {length}: give a longer text, or a smaller --length")
         self.tokens, self.length, self.encoding = torch.tensor(tokens), length, encoding
         self.n_truncated = 0  # no text is lost
 

@@ -117,6 +117,10 @@ def test_peft_opens_an_adapter_with_its_bases_checksum(folder, tmp_path):
     checkpoint.save_adapter(tmp_path, lora.lora_state_dict(model), config, "0123abcd")
     assert "0123abcd" not in (tmp_path / "adapter_config.json").read_text()
     assert checkpoint.read_adapter(tmp_path)[2] == "0123abcd"
+    content = (tmp_path / "adapter_model.safetensors").read_bytes()
+    for _ in range(8):  # safetensors itself writes metadata in any order
+        checkpoint.save_adapter(tmp_path, lora.lora_state_dict(model), config, "0123abcd")
+        assert (tmp_path / "adapter_model.safetensors").read_bytes() == content
     theirs = peft.PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(folder), tmp_path).eval()
     ids = torch.arange(8)[None]
     # Two implementations in fp32: sums of some 64 products in another order differ by some 64 roundings

@@ -177,9 +177,18 @@ def make_folder(path):
 def save_adapter(folder, state, config, base_checksum):
     """base_checksum goes into the tensors' file: peft passes over its metadata, and warns of keys in a config."""
     state = {key: p.cpu().contiguous() for key, p in state.items()}
-    metadata = {"format": "pt", "base_checksum": base_checksum}
+
+    def save(path):
+        save_file(state, path, metadata={"base_checksum": base_checksum, "format": "pt"})
+        with open(path, "r+b") as file:  # safetensors shuffles metadata: the same adapter is to have the same bytes
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            file.seek(8)
+            file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+
     write(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
-    write(folder / "adapter_model.safetensors", lambda path: save_file(state, path, metadata=metadata))
+    write(folder / "adapter_model.safetensors", save)
 
 
 def read_adapter(folder):
