@@ -71,7 +71,7 @@ class TokenStream:
         for ids in encoding.encode_ordinary_batch(texts):
             tokens += [*ids, encoding.eot_token]
         if len(tokens) < length:
-            raise Error(f"{len(tokens)} tokens, fewer than --length {length}: give a longer text, or a smaller --length")
+            raise Error(f"{len(tokens)} tokens, fewer than --length {length}: give a longer text or a smaller --length")
         self.tokens, self.length, self.encoding = torch.tensor(tokens), length, encoding
         self.n_truncated = 0  # no text is lost
 

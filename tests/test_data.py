@@ -291,7 +291,7 @@ def jsonl(draw):
     return pairs, lines
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(jsonl())
 def test_no_validation_example_has_been_trained_on(example):
     """However a pair is written down, and how often, all its lines are on one side, and none of them is lost.
@@ -312,7 +312,7 @@ def test_no_validation_example_has_been_trained_on(example):
         assert sum(same(p) == prompt for p, _ in pairs) > max(1, len(pairs) // 5)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=20)
 @given(st.lists(st.integers(1, 5), min_size=100, max_size=200), st.randoms(use_true_random=False))
 def test_a_tenth_of_the_pairs_validates(counts, random):
     """Of a hundred prompts or more, with one to five completions each, 10 to 15 % validate, in whatever order."""
