@@ -30,7 +30,7 @@ from tqdm import tqdm
 from nanopeft import data
 from nanopeft.trainer import Error, Failure, arguments, checkpoint, methods, process, report
 from nanopeft.trainer.engine import Engine, storage_dtype
-from nanopeft.trainer.evaluate import accuracy, count_labels, evaluate, sample
+from nanopeft.trainer.evaluate import accuracy, count_labels, evaluate, first_words, sample
 
 
 def main():
@@ -40,7 +40,7 @@ def main():
     ranks = process.start(args)
     precision = process.computing_precision(args.precision, ranks)
     if args.generate is not None:
-        model, encoding = methods.load(args.generate, process.DTYPES[precision], ranks.device)
+        model, encoding = methods.load(args.generate, process.DTYPES[precision], ranks.device, args.force)
         return print(sample(model, encoding, args.prompt or "", ranks.device, args.seed))
     with checkpoint.claim(args.out, ranks.rank):
         fine_tune(args, precision, ranks)
@@ -55,9 +55,9 @@ def fine_tune(args, precision, ranks):
     # Data: token ids, and labels that say which of them are scored
     encoding = methods.load_tokenizer(args.base)
     train, valid = data.load(args.data, encoding, args.length)
-    if n := train.n_truncated + valid.n_truncated:
-        ranks.say(f"{n:,} examples have more than {args.length} tokens and were cut")
-    opening = args.prompt if args.prompt is not None else valid.opening()
+    for line in methods.remarks(train, valid, encoding):
+        ranks.say(line)
+    opening = args.prompt if args.prompt is not None else first_words(valid)
 
     # Base: the pretrained model
     meter = report.Meter(device, began)
@@ -69,6 +69,7 @@ def fine_tune(args, precision, ranks):
     methods.fit_data(model, args, encoding, train, valid)
     penalty = methods.METHODS[args.method].penalty
     counts = methods.count(args.method, base_size, model)
+    checksums = methods.checksums(args, base, train, valid)
     if args.compile:
         for block in base.transformer.h:
             block.compile()
@@ -79,7 +80,7 @@ def fine_tune(args, precision, ranks):
     engine = Engine(args, model, base.transformer.h, dtype, rebuild)
 
     # Evaluate the untouched model, or go on where an earlier run stopped
-    progress = resume(args, state, engine, ranks)
+    progress = resume(args, state, checksums, engine, ranks)
     if progress.step == 0:
         with engine.whole() as complete:
             progress.before = examine(args, complete, valid, encoding, opening, ranks, "before any step")
@@ -136,7 +137,7 @@ def fine_tune(args, precision, ranks):
         after = examine(args, complete, valid, encoding, opening, ranks, f"after step {progress.step}")
         meter.lap(progress)
         if rank == 0:
-            counts |= methods.save(complete, encoding, args, out)
+            counts |= methods.save(complete, encoding, args, out, checksums["base"])
     if world > 1:
         dist.destroy_process_group()
 
@@ -181,23 +182,21 @@ def save(model, engine, progress, state, batch, ranks):
         checkpoint.save_state(state, progress, states)
 
 
-def resume(args, state, engine, ranks):
+def resume(args, state, checksums, engine, ranks):
     """The progress of the run whose state is there, loaded into the engine; or that of a new one."""
     checkpoint.check_space(state.parent, engine.shapes)
-    no_result = ("out", "resume", "save_every", "generate", "zero", "offload", "fsdp", "debug")  # these change none
-    settings = {name: value for name, value in vars(args).items() if name not in no_result}
+    settings = arguments.settings(args)
     there = ranks.sum(int(args.resume and os.path.isfile(state)))  # Path.is_file raises for some names
     if there not in (0, ranks.world):
         raise Error(f"{state} is there for {there:.0f} of {ranks.world} processes: --out must be on a disk of all")
     if not there:
-        return checkpoint.Progress(settings, world=ranks.world)
-    progress, states = checkpoint.load_state(state, settings, engine.shapes)
+        return checkpoint.Progress(settings, checksums, world=ranks.world)
+    progress, states = checkpoint.load_state(state, settings, engine.shapes, checksums, args.force)
     engine.load_state_dict(states)
     engine.loss_scale, engine.clean, engine.skipped = progress.loss_scale, progress.clean, progress.skipped
     ranks.say(f"going on from step {progress.step} of {state}")
-    if progress.world != ranks.world:
-        ranks.say(f"it is of {progress.world} processes, and here are {ranks.world}: sums will round otherwise")
-    progress.world = ranks.world
+    for line in progress.go_on_with(checksums, ranks.world):
+        ranks.say(line)
     return progress
 
 

@@ -4,8 +4,8 @@
     library     source of the standard library and of numpy; the embedded base was pretrained on it
     reference   the language reference in English (pydoc_data): a model of source code learns to write prose
     modules     a function's source and "# module: "; the completion is the package that the function comes from
-    x.txt       one text; its last tenth is for validation
-    x.jsonl     {"prompt": ..., "completion": ...} on each line
+    x.txt       one text; about its last tenth is for validation
+    x.jsonl     {"prompt": ..., "completion": ...} on each line; about a tenth of the prompts is for validation
 
 Plain text is one stream of tokens, with <eot> (end-of-text) between documents. A row of a batch is a window of it:
 
@@ -27,16 +27,15 @@ Why is the prompt masked in the loss? The model is to learn p(completion | promp
 they are often longer than completions, so that their loss would outweigh that of the answers.
 Why end-of-text? The first token is predicted from it. Between documents it says that what follows does not go on from
 what came before. After a completion it is scored, so that the model learns to stop.
-Why split by file, topic or line, and not by token? Neighbouring windows of a file share names, comments and sentences.
-If one is trained on and the next one validates, memorizing looks like learning.
+Why split by file, topic, paragraph or prompt, and not by token? Neighbouring windows share names, comments and
+sentences. If one is trained on and the next one validates, memorizing looks like learning. So does a copy: no text,
+paragraph or pair that validates is in training too, nor is its prompt, unless it is an instruction for many pairs.
 
 Padding is on the right in training: no token sees the padding behind it (causal mask), and its labels are -100, so no
-attention mask is needed. For generation it is on the left, because new tokens come after a row's last one. A row that
-is too long loses the beginning of its prompt, since the question mostly stands at the end.
-Length buckets: a batch is as wide as its longest row. Of the validation batches of `modules` (32 rows), 50 % is padding
-with rows in random order, and 2 % with rows of like length together: half the work.
-Nats per token depend on the tokenizer: longer tokens are harder to guess, but there are fewer. Bits per byte compare
-any two models on one text: 2.46 nats a token at 3.28 bytes a token are 2.46 / ln 2 / 3.28 = 1.08 bits per byte.
+attention mask is needed. For generation it is on the left, because new tokens come after a row's last one.
+Length buckets: a batch is as wide as its longest row, rounded up to a multiple of 16, for oneDNN keeps a compiled
+product of each shape. Of the validation batches of `modules` (32 rows), 50 % is padding with rows in random order, and
+7 % with rows of like length together: half the work.
 
 Typical length: 128 to 1,024, at most the model's positions. Pitfalls: mask labels by position and not by token, or the
 <eot> to stop at is masked with the padding. Prompt and completion are tokenized apart, as in generation, and a space
@@ -51,6 +50,8 @@ import sysconfig
 import textwrap
 import tokenize
 import zlib
+from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -65,16 +66,14 @@ class Error(ValueError):
 class TokenStream:
     """Texts as one stream of tokens, cut into windows of `length`. encoding is a tiktoken.Encoding."""
 
-    n_truncated = 0  # no text is lost
-
     def __init__(self, texts, encoding, length):
         tokens = [encoding.eot_token]
         for ids in encoding.encode_ordinary_batch(texts):
             tokens += [*ids, encoding.eot_token]
         if len(tokens) < length:
-            what = f"{len(tokens)} tokens, in training or in validation, are fewer than the {length} of an example"
-            raise Error(f"{what}: give a longer text, or a smaller --length")
+            raise Error(f"{len(tokens)} tokens, fewer than --length {length}: give a longer text or a smaller --length")
         self.tokens, self.length, self.encoding = torch.tensor(tokens), length, encoding
+        self.n_truncated = 0  # no text is lost
 
     def sample(self, size):
         """For training: (input_ids, labels), both (size, length), windows at random places."""
@@ -85,34 +84,26 @@ class TokenStream:
     def batches(self, size):
         """For validation: (input_ids, labels) in order, each token after the first scored once."""
         windows = self.tokens.unfold(0, self.length, self.length - 1)  # (n, T), each starts where the last one ended
-        for ids in windows.split(size):
-            yield ids, self.labels(ids)
         rest = self.tokens[len(windows) * (self.length - 1) :][None]
-        if rest.size(1) > 1:
-            yield rest, self.labels(rest)
+        for ids in (*windows.split(size), rest):
+            if ids.size(1) > 1:
+                yield ids, self.labels(ids)
 
     def labels(self, ids):
         """The ids, but -100 for a window's first: with a soft prompt in front it would be guessed from no text."""
         return torch.cat((torch.full_like(ids[:, :1], -100), ids[:, 1:]), 1)
 
-    def opening(self):
-        """The first words, as a prompt for a sample."""
-        return self.encoding.decode(self.tokens[1:17].tolist())
-
-    def bytes(self):
-        """Bytes of text that `batches` scores: what bits per byte are counted over."""
-        return count_bytes(self.tokens.tolist(), self.encoding)
-
 
 class CompletionDataset:
     """(prompt, completion) pairs as rows of at most `length` tokens.
 
-    items are (prompt ids with <eot> before, completion ids with <eot> after). Too long a row loses the beginning of its
-    prompt; a completion that alone is too long keeps its first length - 1 tokens. n_truncated counts such rows.
+    items are (<eot> and the prompt's ids, the completion's ids and <eot>). Too long a row loses the beginning of its
+    prompt, for a question mostly ends it, and its completion keeps length - 1 tokens at most; n_truncated counts these.
     """
 
     def __init__(self, pairs, encoding, length):
-        self.encoding, self.pad, self.items, self.n_truncated = encoding, encoding.eot_token, [], 0
+        self.encoding, self.length, self.pad = encoding, length, encoding.eot_token
+        self.items, self.n_truncated = [], 0
         prompts = encoding.encode_ordinary_batch([prompt for prompt, _ in pairs])
         completions = encoding.encode_ordinary_batch([completion for _, completion in pairs])
         for prompt, completion in zip(prompts, completions):
@@ -122,8 +113,10 @@ class CompletionDataset:
             self.items.append((prompt[len(completion) - length :], completion))
 
     def collate(self, items):
-        """(input_ids, labels), both (len(items), longest): padded on the right, labels -100 but for completions."""
-        ids = torch.full((len(items), max(len(p) + len(c) for p, c in items)), self.pad)
+        """(input_ids, labels), both (len(items), T): padded on the right, labels -100 but for completions."""
+        longest = max(len(p) + len(c) for p, c in items)
+        T = max(longest, min(-(-longest // 16) * 16, self.length))  # the next multiple of 16
+        ids = torch.full((len(items), T), self.pad)
         labels = torch.full_like(ids, -100)
         for row, (p, c) in enumerate(items):
             ids[row, : len(p) + len(c)] = torch.tensor(p + c)
@@ -143,26 +136,15 @@ class CompletionDataset:
         items = sorted(self.items, key=lambda item: len(item[0]) + len(item[1]))
         return [items[i : i + size] for i in range(0, len(items), size)]
 
-    def opening(self):
-        return self.encoding.decode(self.items[0][0][1:]).lstrip("\ufffd")  # the rest of a character that was cut
-
-    def bytes(self):
-        return sum(count_bytes(completion, self.encoding) for _, completion in self.items)
-
-
-def count_bytes(ids, encoding):
-    """Bytes of text in these tokens, end-of-text aside."""
-    return sum(len(token) for token in encoding.decode_tokens_bytes([i for i in ids if i != encoding.eot_token]))
-
 
 def load(name, encoding, length):
     """(training, validation), each a TokenStream or a CompletionDataset, of a task or of a .txt or .jsonl file."""
     if name in TASKS:
         splits = TASKS[name]()
     elif name.endswith(".txt"):
-        splits = split_text(read(name))
+        splits = split_text(read(name), name)
     elif name.endswith(".jsonl"):
-        splits = split_pairs(read(name), name)
+        splits = split_pairs(read_pairs(read(name), name), name)
     else:
         raise Error(f"no data {name!r}: give {', '.join(TASKS)}, or a .txt or .jsonl file")
     kind = CompletionDataset if isinstance(splits[0][0], tuple) else TokenStream
@@ -206,18 +188,18 @@ def reference():
 
 
 def modules():
-    """(training, validation) lists of (prompt with a function, package), split by file into about halves."""
+    """(training, validation) lists of (prompt with a function, package): half the files each, no function in both."""
     train, valid = [], []
     for package in PACKAGES:
-        functions = {}
-        for path, source in source_files(Path(sysconfig.get_path("stdlib"), package)).items():
-            functions[path] = [(f"{f[:800]}\n# module: ", package) for f in top_functions(source)]
+        files = source_files(Path(sysconfig.get_path("stdlib"), package)).values()
+        functions = [[(f"{f[:800]}\n# module: ", package) for f in top_functions(source)] for source in files]
         counts = [0, 0]
-        for found in sorted(functions.values(), key=len, reverse=True):  # the largest file first: the halves even out
+        for found in sorted(functions, key=len, reverse=True):  # the largest file first: the halves even out
             to_valid = counts[0] > counts[1]
             (valid if to_valid else train).extend(found)
             counts[to_valid] += len(found)
-    return train, valid
+    trained_on = {prompt for prompt, _ in train}
+    return train, [(prompt, package) for prompt, package in valid if prompt not in trained_on]
 
 
 def source_files(folder):
@@ -227,11 +209,8 @@ def source_files(folder):
         parts = path.relative_to(folder).parts
         if set(parts) & NOT_LIBRARY or parts[-1].startswith("_sysconfig"):  # the last has paths of this machine
             continue
-        try:
-            with tokenize.open(path) as file:  # decodes it as its own coding line says
-                files["/".join(parts)] = file.read()
-        except (SyntaxError, UnicodeDecodeError):
-            continue
+        with suppress(SyntaxError, UnicodeDecodeError), tokenize.open(path) as file:  # as its own coding line says
+            files["/".join(parts)] = file.read()
     return files
 
 
@@ -240,9 +219,8 @@ def top_functions(source):
     lines, found, stack = source.split("\n"), [], [ast.parse(source)]  # splitlines would count form feeds as well
     while stack:
         for node in ast.iter_child_nodes(stack.pop()):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                if node.end_lineno - node.lineno >= 2:
-                    found.append(textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])))
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno - node.lineno >= 2:
+                found.append(textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])))
             elif isinstance(node, (ast.ClassDef, ast.If, ast.Try)):
                 stack.append(node)
     return found
@@ -254,6 +232,7 @@ TASKS = {"library": library, "reference": reference, "modules": modules}
 # --------------------------------------------------------------------------------------------------------------- files
 
 BLANKS = re.compile(r"(?<!\s)\s{100000}")  # over a million of them tiktoken panics, which no except should catch
+ENDS = (r"\n\s*\n", r"\n", r"[.!?]+[\"')”]*\s+|[。！？]+[”』」]*")  # of a paragraph, a line, a sentence
 
 
 def read(path):
@@ -275,18 +254,26 @@ def read(path):
     return text
 
 
-def split_text(text):
-    """The first nine tenths and the rest, cut at a paragraph's end, or a line's, or anywhere if the text has none."""
-    nine_tenths = len(text) * 9 // 10
-    for end in ("\n\n", "\n"):
-        cut = text.find(end, nine_tenths) + len(end)
-        if end in text[nine_tenths:] and text[cut:].strip():
-            return [text[:cut]], [text[cut:]]
-    return [text[:nine_tenths]], [text[nine_tenths:]]
+def split_text(text, path):
+    """About nine tenths and the rest, cut at the end nearest to nine tenths: of a paragraph, a line, or a sentence.
+
+    The rest is 5 to 15 % of the text. A paragraph, line or sentence of it that is in training too is left out of it.
+    """
+    size = len(text.rstrip())
+    for end in ENDS:
+        if cuts := [found.end() for found in re.compile(end).finditer(text, size * 85 // 100, size * 95 // 100)]:
+            break
+    cut = min(cuts or [size * 9 // 10], key=lambda cut: abs(cut - size * 0.9))
+    trained_on = {piece.strip() for piece in re.split(end, text[:cut])} - {""}
+    pieces = re.findall(rf"(?s)(.*?)({end}|\Z)", text[cut:])
+    valid = "".join(piece + stop for piece, stop in pieces if piece.strip() not in trained_on)
+    if not valid.strip():
+        raise Error(f"{path} repeats itself: nothing in its last tenth is new; leave the copies out")
+    return [text[:cut]], [valid]
 
 
-def split_pairs(text, path):
-    """(prompt, completion) of each line; the tenth with the lowest checksums is held out, repeated lines together."""
+def read_pairs(text, path):
+    """The (prompt, completion) of each line, sorted: their order in the file changes nothing."""
     pairs = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -295,21 +282,34 @@ def split_pairs(text, path):
             example = json.loads(line)
         except (ValueError, RecursionError) as error:  # no JSON, a number of 5,000 digits, 10,000 nested lists
             raise Error(f"{path}, line {number}: no JSON: {error}") from None
-        if not isinstance(example, dict) or not all(isinstance(example.get(k), str) for k in ("prompt", "completion")):
-            raise Error(f'{path}, line {number}: needs a text for "prompt" and for "completion"')
         for key in ("prompt", "completion"):
+            if not isinstance(example, dict) or not isinstance(example.get(key), str):
+                raise Error(f'{path}, line {number}: needs a text for "prompt" and for "completion"')
             if re.search("[\ud800-\udfff]", example[key]):
                 raise Error(f"{path}, line {number}: {key} has half of a surrogate pair, which is no character")
             if BLANKS.search(example[key]):
                 raise Error(f"{path}, line {number}: {key} has 100,000 blanks or more in a row: shorten them")
-        pairs.append((zlib.crc32(line.encode()), example["prompt"], example["completion"]))
-    if len(pairs) < 2:
-        raise Error(f"{path} has one example; two are the least, to train and to validate")
-    pairs = [pair[1:] for pair in sorted(pairs)]
-    held_out = max(1, len(pairs) // 10)
-    while held_out < len(pairs) - 1 and pairs[held_out] == pairs[held_out - 1]:
-        held_out += 1
-    return pairs[held_out:], pairs[:held_out]
+        pairs.append((example["prompt"], example["completion"]))
+    return sorted(pairs)
+
+
+def split_pairs(pairs, path):
+    """(training, validation) pairs. A tenth is held out by checksum: all completions of a prompt, or none.
+
+    A prompt of over a fifth of the pairs is an instruction, not a question: its pairs are told apart by completion.
+    Texts that differ in white space alone count as the same.
+    """
+    keys = [tuple(" ".join(text.split()) for text in pair) for pair in pairs]
+    n_completions, most, groups = Counter(prompt for prompt, _ in keys), max(1, len(pairs) // 5), defaultdict(list)
+    for pair, key in zip(pairs, keys):
+        groups["\0".join(key) if n_completions[key[0]] > most else key[0]].append(pair)
+    if len(groups) < 2:
+        raise Error(f"{path} has one example, however often: two are the least, to train and to validate")
+    train, valid = [], []
+    for key in sorted(groups, key=lambda key: (max(most, len(groups[key])), zlib.crc32(key.encode()))):
+        held_out = not valid or (len(valid) < len(pairs) / 10 and len(groups[key]) <= most)
+        (valid if held_out else train).extend(groups[key])
+    return train, valid
 
 
 if __name__ == "__main__":

@@ -88,6 +88,47 @@ def test_dtype(folder, dtype):
         assert q.dtype == torch.float32 and p.dtype == dtype and torch.equal(p, q.to(dtype)), name
 
 
+def test_checksum_of_a_base(folder):
+    """A base's checksum is of what is stored: equal in every dtype it is loaded in, another if one number differs."""
+    whole = load_gpt(folder).checksum
+    assert {load_gpt(folder, dtype).checksum for dtype in (torch.float64, torch.bfloat16, torch.float16)} == {whole}
+    state, found = load_file(folder / "model.safetensors"), {whole}
+    save_file({f"{key.removeprefix('transformer.')}": t for key, t in state.items()}, folder / "model.safetensors")
+    assert load_gpt(folder).checksum == whole  # the hub's other form of names
+    for key in ("transformer.wte.weight", "transformer.h.1.mlp.c_fc.bias", "transformer.ln_f.weight"):
+        t = state[key].clone()
+        t[-1] += 2**-20
+        save_file(state | {key: t}, folder / "model.safetensors")
+        found.add(load_gpt(folder).checksum)
+    save_file(state, folder / "model.safetensors")
+    for change in ({"n_head": 4}, {"layer_norm_epsilon": 1e-6}):  # the same weights, and other results
+        edit(folder, **change)
+        found.add(load_gpt(folder).checksum)
+    assert len(found) == 6
+
+
+@pytest.mark.filterwarnings("error:.*base_checksum|.*unexpected|.*ignored")
+def test_peft_opens_an_adapter_with_its_bases_checksum(folder, tmp_path):
+    """The checksum is in the tensors' file, where peft passes over it: no key of the config is unknown to peft."""
+    model = load_gpt(folder)
+    lora.add_lora(model, ["c_attn"], r=2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(p.requires_grad * 0.1)
+    config = lora.lora_config(model) | {"base_model_name_or_path": str(folder)}
+    checkpoint.save_adapter(tmp_path, lora.lora_state_dict(model), config, "0123abcd")
+    assert "0123abcd" not in (tmp_path / "adapter_config.json").read_text()
+    assert checkpoint.read_adapter(tmp_path)[2] == "0123abcd"
+    content = (tmp_path / "adapter_model.safetensors").read_bytes()
+    for _ in range(8):  # safetensors itself writes metadata in any order
+        checkpoint.save_adapter(tmp_path, lora.lora_state_dict(model), config, "0123abcd")
+        assert (tmp_path / "adapter_model.safetensors").read_bytes() == content
+    theirs = peft.PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(folder), tmp_path).eval()
+    ids = torch.arange(8)[None]
+    # Two implementations in fp32: sums of some 64 products in another order differ by some 64 roundings
+    torch.testing.assert_close(theirs(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 def test_hub_forms(folder, prefix):
     """Both forms found on the hub load: names with "transformer." or without it, causal masks, and the tied head."""

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanopeft import data, gpt
+from nanopeft.trainer import evaluate
 from nanopeft.trainer.tokenizer import load_tokenizer
 
 ENCODING = load_tokenizer(Path(data.__file__).parent / "base")
@@ -33,7 +34,7 @@ def test_text_batches_score_each_token_once(length, size):
         assert ids.size(1) <= length and (labels[:, 0] == -100).all() and torch.equal(ids[:, 1:], labels[:, 1:])
         scored += labels[:, 1:].flatten().tolist()
     assert scored == text.tokens[1:].tolist()
-    assert text.bytes() == 1500
+    assert evaluate.count_bytes(text) == 1500
 
 
 def test_text_samples_stay_inside():
@@ -70,8 +71,8 @@ def test_diagrams(capsys):
     lines = [line.split() for line in capsys.readouterr().out.split("\n")]
     for row in (
         "<eot> The cat sat <eot>", "-100 The cat sat <eot>", "<eot> A dog ran <eot>",
-        "<eot> 2 + 2 = 4 <eot>", "-100 -100 -100 -100 -100 4 <eot>",
-        "<eot> The cat sat <eot> <eot> <eot>", "-100 -100 -100 sat <eot> -100 -100",
+        "<eot> 2 + 2 = 4 <eot> <eot> <eot>", "-100 -100 -100 -100 -100 4 <eot> -100 -100",
+        "<eot> The cat sat <eot> <eot> <eot> <eot> <eot>", "-100 -100 -100 sat <eot> -100 -100 -100 -100",
     ):  # fmt: skip
         assert row.split() in lines
     assert [line[0] for line in lines[-4:-1]] == ["library:", "reference:", "modules:"]
@@ -90,18 +91,41 @@ def test_right_padding_needs_no_mask():
 
 
 def test_length_buckets_halve_the_work():
-    """Of `modules`' validation batches some 50 % is padding in random order, and some 2 % in buckets of like length."""
+    """Of `modules`' validation batches some 50 % is padding in random order, and some 7 % in buckets of like length."""
     dataset = data.CompletionDataset(modules()[1], ENCODING, 256)
-    size = lambda item: len(item[0]) + len(item[1])  # noqa: E731
+    n_tokens = sum(len(p) + len(c) for p, c in dataset.items)
 
     def padding(batches):
-        return 1 - sum(map(size, dataset.items)) / sum(max(map(size, batch)) * len(batch) for batch in batches)
+        return 1 - n_tokens / sum(dataset.collate(batch)[0].numel() for batch in batches)
 
     order = torch.randperm(len(dataset.items), generator=torch.Generator().manual_seed(0)).tolist()
     random = [[dataset.items[i] for i in order[at : at + 32]] for at in range(0, len(order), 32)]
     buckets = dataset.length_buckets(32)
     assert sorted(sum(buckets, [])) == sorted(dataset.items)
-    assert 0.45 < padding(random) < 0.55 and padding(buckets) < 0.025
+    assert 0.45 < padding(random) < 0.55 and padding(buckets) < 0.075
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 90), min_size=1, max_size=9), st.integers(2, 80))
+def test_widths_are_multiples_of_16(sizes, length):
+    """A batch is as wide as the next multiple of 16 above its longest row, and never wider than --length."""
+    dataset = data.CompletionDataset([("a" * n, "b") for n in sizes], ENCODING, length)
+    longest = max(len(p) + len(c) for p, c in dataset.items)
+    for ids, labels in (dataset.collate(dataset.items), dataset.sample(3)):
+        T = ids.size(1)
+        assert labels.shape == ids.shape and (T % 16 == 0 or T == length) and T <= length
+    assert longest <= dataset.collate(dataset.items)[0].size(1) < longest + 16
+
+
+def test_a_wider_batch_has_the_same_loss():
+    """Padding up to a multiple of 16 changes no loss: the sums are of the same numbers, in fp64 equal to 1e-12."""
+    torch.manual_seed(0)
+    model = gpt.GPT(vocab_size=ENCODING.n_vocab, n_positions=64, n_embd=16, n_layer=2, n_head=2).double()
+    dataset = data.CompletionDataset([("2 + 2 =", " 4"), ("The cat", " sat on the mat")], ENCODING, 64)
+    (ids, labels), width = dataset.collate(dataset.items), max(len(p) + len(c) for p, c in dataset.items)
+    assert ids.size(1) == 16 > width
+    loss, narrow = model(ids, labels=labels).loss, model(ids[:, :width], labels=labels[:, :width]).loss
+    assert abs(loss - narrow) < 1e-12
 
 
 def test_bits_per_byte():
@@ -146,6 +170,18 @@ def test_modules_task():
     assert all(prompt.endswith("\n# module: ") for prompt, _ in train + valid)
 
 
+@pytest.mark.parametrize("task", data.TASKS)
+def test_no_task_validates_on_what_it_trains_on(task):
+    """In no task is a text that validates, or a prompt, in training too: nor as it is, nor cut to --length."""
+    train, valid = {"library": library, "modules": modules}.get(task, data.TASKS[task])()
+    assert not set(train) & set(valid)
+    if task == "modules":
+        assert not {prompt for prompt, _ in train} & {prompt for prompt, _ in valid}
+        sides = [data.CompletionDataset(side, ENCODING, 256).items for side in (train, valid)]
+        train, valid = ({(*prompt, *completion) for prompt, completion in side} for side in sides)
+        assert not train & valid
+
+
 def test_top_functions_are_not_nested():
     """Functions and methods of three lines are found through classes, if and try; shorter or nested ones are not."""
     a = "def a(x):\n  def inner():\n    pass\n  return x\n"
@@ -161,9 +197,65 @@ def test_txt_keeps_every_character(tmp_path, old, new):
     """A .txt file is cut once, near nine tenths, and loses nothing, with paragraphs, lines, or neither."""
     path, text = tmp_path / "a.txt", TEXT.replace(old, new) if old else TEXT
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    (train,), (valid,) = data.split_text(data.read(str(path)))
+    (train,), (valid,) = data.split_text(data.read(str(path)), path)
     assert train + valid == text.replace("\r\n", "\n")
-    assert 0.89 < len(train) / len(train + valid) < 0.95
+    assert 0.89 < len(train) / len(train + valid) < 0.91
+
+
+PIECES = {"a paragraph": "\n\n", "a line": "\n", "a sentence": ". ", "a Chinese sentence": "。", "nothing": ""}
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(st.integers(1, 200), st.sampled_from([*PIECES])), min_size=5, max_size=60))
+def test_about_a_tenth_validates(pieces):
+    """Whatever ends where in a text, 5 to 15 % of it validate, and no character is lost.
+
+    The pieces are numbers in Chinese characters, so that none repeats another.
+    """
+    text = "".join(f"{chr(0x4E00 + i)}{'文' * n}{chr(0x5E00 + i)}{PIECES[end]}" for i, (n, end) in enumerate(pieces))
+    (train,), (valid,) = data.split_text(text, "a.txt")
+    assert train + valid == text
+    size = len(text.strip())
+    # Within 5 % of the text on each side, but for the rounding of a text that is short to whole characters
+    assert size * 0.05 - 1 <= len(valid.rstrip()) <= size * 0.15 + 1
+
+
+@pytest.mark.parametrize(
+    "text, start",
+    [
+        (TEXT + "\n\nTHE END\n", "Line 36"),  # paragraphs of three lines: 1 in 400 has its end at nine tenths
+        (TEXT.replace("\n\n", "\n") + "\n\nTHE END\n", "Line 36"),
+        (TEXT.replace("\n\n", "\n").replace("\n", "\n\n", 30), "Line 36"),
+        (TEXT.replace("\n\n", "\n").replace("\n", " "), "Line 36"),
+        ("".join(f"第{i}句话，说的是第{i * i}件事。" for i in range(400)), "第36"),
+        ("".join(f"第{i}句话，是第{i * i}件事吗？！" for i in range(400)), "第36"),
+        ("".join(f"第{i}句话，说的是第{i * i}件事。\n" for i in range(400)), "第36"),
+        ("".join(f"“第{i}句话？”她说：“第{i * i}件事！”" for i in range(400)), ("“第36", "她说")),
+        ("".join(f"He asked ({i * i}.) why {i}? " for i in range(900)), ("He asked", "why")),
+    ],
+)
+def test_a_text_is_cut_at_an_end_near_nine_tenths(text, start):
+    """Wherever the last blank line is, validation begins with a paragraph, a line or a sentence near nine tenths."""
+    (train,), (valid,) = data.split_text(text, "a.txt")
+    assert train + valid == text and valid.startswith(start) and 0.085 < len(valid) / len(text) < 0.115
+
+
+@pytest.mark.parametrize("end", ["\n\n", "\n", "\n \n", " \n", ". ", "。"])
+def test_copies_in_a_text_do_not_validate(end):
+    """A paragraph, line or sentence of the last tenth that is also in training is left out of validation."""
+    order = torch.randperm(240, generator=torch.Generator().manual_seed(0)).tolist()
+    pieces = [f"The code of item {i % 40 if i < 160 else i} is {i % 40 * 7919 if i < 160 else i}" for i in order]
+    (train,), (valid,) = data.split_text(end.join(pieces), "a.txt")
+    split = lambda text: {piece.strip() for piece in text.split(end.strip() or end) if piece.strip()}  # noqa: E731
+    assert split(valid) and not split(valid) & split(train)
+    assert split(train) | split(valid) == {piece.strip() for piece in pieces}
+
+
+def test_a_text_of_copies_is_refused():
+    """Where all of the last tenth is also in training there is nothing to validate on, and one line says so."""
+    for text in ("one line and another\n" * 100, TEXT * 4, "一句话。" * 500):
+        with pytest.raises(data.Error, match="a.txt repeats itself"):
+            data.split_text(text, "a.txt")
 
 
 def test_functions_are_cut_where_they_are():
@@ -172,17 +264,78 @@ def test_functions_are_cut_where_they_are():
     assert data.top_functions(f"a = 1\n\x0c\nb = '\u2028'\n{function}\nc = 2\n") == [function]
 
 
-def test_jsonl_is_split_by_line(tmp_path):
-    """A .jsonl file gives each line to one side, and all copies of a line to the same one."""
+def split_jsonl(lines, path="a.jsonl"):
+    return data.split_pairs(data.read_pairs("\n".join(lines), path), path)
+
+
+def same(text):
+    """Texts that differ in white space alone are one text to whoever reads them."""
+    return " ".join(text.split())
+
+
+TEXTS = st.text(max_size=9) | st.sampled_from(["", "a", " a", "a\n", "b c", "b  c", "é", "\u2028", "1", "2", "3", "4"])
+
+
+@st.composite
+def jsonl(draw):
+    """(pairs, lines): pairs of which many are alike, each on lines that say it in several ways."""
+    pairs = draw(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=30))
+    pairs = [pair for pair in pairs for _ in range(draw(st.integers(1, 4)))]
+    lines = []
+    for i, (prompt, completion) in enumerate(draw(st.permutations(pairs))):
+        blank = st.sampled_from(["", " ", "\t"])
+        example = {"prompt": prompt, "completion": draw(blank) + completion + draw(blank)}
+        example |= {"id": i} if draw(st.booleans()) else {}
+        keys = draw(st.permutations(sorted(example)))
+        lines.append(json.dumps({key: example[key] for key in keys}, ensure_ascii=draw(st.booleans())))
+    return pairs, lines
+
+
+@settings(deadline=None, max_examples=150)
+@given(jsonl())
+def test_no_validation_example_has_been_trained_on(example):
+    """However a pair is written down, and how often, all its lines are on one side, and none of them is lost.
+
+    All completions of a prompt are on one side too, unless the prompt is that of over a fifth of the lines. The ways
+    of writing are other keys and their order, escapes, and white space around.
+    """
+    pairs, lines = example
+    distinct = {(same(p), same(c)) for p, c in pairs}
+    if len(distinct) == 1:
+        with pytest.raises(data.Error, match="one example"):
+            split_jsonl(lines)
+        return
+    train, valid = ([(same(p), same(c)) for p, c in side] for side in split_jsonl(lines))
+    assert train and valid and sorted(train + valid) == sorted((same(p), same(c)) for p, c in pairs)
+    assert not set(train) & set(valid)
+    for prompt in {p for p, _ in train} & {p for p, _ in valid}:
+        assert sum(same(p) == prompt for p, _ in pairs) > max(1, len(pairs) // 5)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.integers(1, 5), min_size=100, max_size=200), st.randoms(use_true_random=False))
+def test_a_tenth_of_the_pairs_validates(counts, random):
+    """Of a hundred prompts or more, with one to five completions each, 10 to 15 % validate, in whatever order."""
+    lines = [json.dumps({"prompt": f"p{i}", "completion": f"c{j}"}) for i, n in enumerate(counts) for j in range(n)]
+    train, valid = split_jsonl(lines)
+    assert 0.1 <= len(valid) / len(lines) <= 0.15
+    assert split_jsonl(random.sample(lines, len(lines))) == (train, valid)
+
+
+@pytest.mark.parametrize("prompts", [[""], ["Write a poem."], ["Translate:", "Summarize:", "Answer:"]])
+def test_instructions_that_many_lines_share(prompts):
+    """Where a few prompts stand for all lines, a tenth of the completions validates, each of them unseen."""
+    train, valid = split_jsonl([json.dumps({"prompt": p, "completion": f"c{i}"}) for p in prompts for i in range(100)])
+    assert len(valid) == 10 * len(prompts) and not set(train) & set(valid)
+
+
+def test_jsonl_keeps_its_texts(tmp_path):
+    """A .jsonl file gives each line to one side as it is, white space and separators of other languages included."""
     path = tmp_path / "a.jsonl"
-    lines = [json.dumps({"prompt": f"p{i}\u2028", "completion": f"c{i}"}) for i in range(40)]
+    lines = [json.dumps({"prompt": f" p{i}\u2028", "completion": f"\tc{i}"}) for i in range(40)]
     path.write_text("\n".join(lines + [""]), "utf-8")
-    train, valid = data.split_pairs(data.read(str(path)), path)
-    assert sorted(train + valid) == sorted((f"p{i}\u2028", f"c{i}") for i in range(40))
-    assert len(valid) == 4
-    path.write_text("\n".join(2 * lines[:5] + 2 * lines[5:10]), "utf-8")  # a tenth is one line of a pair
-    train, valid = data.split_pairs(data.read(str(path)), path)
-    assert len(train) == 18 and len(valid) == 2 and not set(train) & set(valid)
+    train, valid = data.split_pairs(data.read_pairs(data.read(str(path)), path), path)
+    assert sorted(train + valid) == sorted((f" p{i}\u2028", f"\tc{i}") for i in range(40)) and len(valid) == 4
 
 
 @pytest.mark.parametrize(
@@ -198,6 +351,8 @@ def test_jsonl_is_split_by_line(tmp_path):
         ("a.jsonl", b'{"prompt": "a", "completion": 1}\n', "line 1"),
         ("a.jsonl", b'["prompt"]\n', "line 1"),
         ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n', "one example"),
+        ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n' * 9, "one example"),
+        ("a.txt", b"again and again\n" * 99, "repeats itself"),
         ("a.csv", b"a,b", "no data"),
         (None, None, "no such file"),
     ],

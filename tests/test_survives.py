@@ -356,9 +356,10 @@ def test_a_flipped_bit_in_the_state_is_seen(files, whole, data):
         path = Path(folder) / "state.safetensors"
         path.write_bytes(content)
         with pytest.raises(Error):
-            checkpoint.load_state(path, run["settings"], shapes)
+            checkpoint.load_state(path, run["settings"], shapes, run["checksums"], False)
         path.write_bytes(good.read_bytes())
-        assert checkpoint.load_state(path, run["settings"], shapes)[0].step == KILL["STEPS"]
+        progress, _ = checkpoint.load_state(path, run["settings"], shapes, run["checksums"], False)
+        assert progress.step == KILL["STEPS"]
 
 
 @pytest.mark.parametrize("shape", [dict(n_embd=16), dict(n_layer=1), dict(n_layer=3)])
@@ -371,6 +372,180 @@ def test_state_of_another_base(monkeypatch, files, tmp_path, capsys, shape):
     save_gpt(gpt.GPT(**sizes), tmp_path / "base")
     assert train(monkeypatch, files, tmp_path / "o", f"--base {tmp_path}/base --rank 4 --resume") == 2
     assert "the base is not the one" in last_line(capsys)
+
+
+def stop_after_two(monkeypatch, files, out, flags):
+    """A run of 6 steps that Ctrl-C ended after the second."""
+    sample, calls = data.TokenStream.sample, []
+
+    def interrupt(kind, size, sample):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return sample(kind, size)
+
+    with monkeypatch.context() as patch:
+        for kind in (data.TokenStream, data.CompletionDataset):
+            sample = kind.sample
+            patch.setattr(kind, "sample", lambda self, size, sample=sample: interrupt(self, size, sample))
+        assert train(patch, files, out, flags) == 1
+
+
+def swap_numbers(folder):
+    """Another base of the same shape: two of its numbers are exchanged."""
+    state = load_file(folder / "model.safetensors")
+    wte = state["transformer.wte.weight"]
+    wte[[3, 4]] = wte[[4, 3]]
+    save_file(state, folder / "model.safetensors")
+
+
+def fewer_heads(folder):
+    """Another base of the same weights: only its config.json says how they are used."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_head": 1}))
+
+
+def other_tokens(folder):
+    """Another base of the same weights: two tokens have changed places."""
+    vocab = json.loads((folder / "vocab.json").read_text())
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (folder / "vocab.json").write_text(json.dumps(dict(sorted(vocab.items(), key=lambda item: item[1]))))
+
+
+DATA = {
+    "a.txt": lambda text: text.replace("comes", "goes", 1), "a.jsonl": lambda text: text.replace("odd", "ODD", 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_resuming_over_other_data(monkeypatch, files, tmp_path, capsys, name):
+    """--resume after the data file was edited is refused in one line that names it, and with --force goes on."""
+    path, out = tmp_path / name, tmp_path / "o"
+    shutil.copy(files / name, path)
+    flags = f"--data {path}"
+    stop_after_two(monkeypatch, files, out, flags)
+    state, text = (out / "state.safetensors").read_bytes(), path.read_text()
+    path.write_text(DATA[name](text))
+    capsys.readouterr()
+    assert train(monkeypatch, files, out, f"{flags} --resume") == 2
+    line = last_line(capsys)
+    assert f"--data {path}" in line and "--force" in line and (out / "state.safetensors").read_bytes() == state
+    shutil.copytree(out, tmp_path / "forced")
+    path.write_text(text)
+    assert train(monkeypatch, files, out, f"{flags} --resume") == 0
+    path.write_text(DATA[name](text))
+    assert train(monkeypatch, files, tmp_path / "forced", f"{flags} --resume --force") == 0
+    assert "--data: not what it was" in capsys.readouterr().out
+    assert train(monkeypatch, files, tmp_path / "forced", f"{flags} --resume") == 0  # the state is of the edited file
+
+
+def test_resuming_over_the_same_pairs(monkeypatch, files, tmp_path):
+    """What is not learned may change in a .jsonl: the order of its lines, other keys, escapes."""
+    path, out = tmp_path / "a.jsonl", tmp_path / "o"
+    shutil.copy(files / "a.jsonl", path)
+    stop_after_two(monkeypatch, files, out, f"--data {path}")
+    lines = [json.loads(line) | {"id": i} for i, line in enumerate(path.read_text().split("\n"))]
+    path.write_text("\n".join(json.dumps(line, sort_keys=True) for line in reversed(lines)))
+    assert train(monkeypatch, files, out, f"--data {path} --resume") == 0
+
+
+OTHERS = [(swap_numbers, "lora"), (other_tokens, "full")]
+MORE_OTHERS = [(other_tokens, "lora"), (fewer_heads, "lora"), (swap_numbers, "full"), (fewer_heads, "full")]
+
+
+@pytest.mark.parametrize("change, method", [*OTHERS, *(pytest.param(*case, marks=thorough) for case in MORE_OTHERS)])
+def test_another_base_of_the_same_shape(monkeypatch, files, tmp_path, capsys, change, method):
+    """Over another base in the same folder neither --resume nor --generate goes on, unless --force is given."""
+    base, out = tmp_path / "base", tmp_path / "o"
+    shutil.copytree(files / "base", base)
+    flags = f"--base {base} --method {method} --precision bf16"
+    assert train(monkeypatch, files, out, flags) == 0
+    assert train(monkeypatch, files, out, f"{flags} --resume") == 0
+    change(base)
+    capsys.readouterr()
+    assert train(monkeypatch, files, out, f"{flags} --resume") == 2
+    line = last_line(capsys)
+    assert f"--base {base}" in line and "--force" in line
+    assert train(monkeypatch, files, out, f"{flags} --resume --force") == 0
+    if method == "lora":
+        shutil.rmtree(base), shutil.copytree(files / "base", base)  # the forced run has left its own base's checksum
+        for force, expected in (([], 2), (["--force"], 0)):
+            capsys.readouterr()
+            monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--generate", str(out), "--prompt", "ab", *force])
+            try:
+                code = runpy.run_path(str(SCRIPT), run_name="__main__") and 0
+            except SystemExit as end:
+                code = end.code
+            assert code == expected
+            if not force:
+                line = last_line(capsys)
+                assert str(out) in line and str(base) in line and "--force" in line
+
+
+def test_fusion_of_adapters_of_two_bases(monkeypatch, files, tmp_path, capsys):
+    """A fusion takes adapters of its own base, in whatever precision they were trained, and of unknown bases.
+
+    Those of another one it takes with --force alone, and an adapter that is trained again stops --resume.
+    """
+    base, other = files / "base", tmp_path / "other"
+    shutil.copytree(base, other)
+    swap_numbers(other)
+    adapters = f"--method adapter --reduction 4 --precision bf16 --out {tmp_path}"
+    assert train(monkeypatch, files, tmp_path / "one", adapters + "/one") == 0
+    assert train(monkeypatch, files, tmp_path / "two", f"{adapters}/two --base {other}") == 0
+    capsys.readouterr()
+    flags = f"--method fusion --adapters {tmp_path}/one {tmp_path}/two"
+    assert train(monkeypatch, files, tmp_path / "o", flags) == 2
+    line = last_line(capsys)
+    assert f"{tmp_path}/two" in line and str(base) in line and "--force" in line and not (tmp_path / "o").exists()
+    assert train(monkeypatch, files, tmp_path / "o", f"{flags} --force") == 0
+    flags = f"--method fusion --adapters {tmp_path}/one {files}/one"
+    stop_after_two(monkeypatch, files, tmp_path / "p", flags)
+    assert train(monkeypatch, files, tmp_path / "one", f"{adapters}/one --seed 1") == 0
+    capsys.readouterr()
+    assert train(monkeypatch, files, tmp_path / "p", f"{flags} --resume") == 2
+    assert "--adapters" in last_line(capsys)
+
+
+def test_force_alone_is_refused(monkeypatch, files, tmp_path, capsys):
+    """--force without --resume, --generate or a fusion would do nothing, and is refused."""
+    assert train(monkeypatch, files, tmp_path / "o", "--force") == 2
+    assert "--force is for" in last_line(capsys)
+
+
+# -------------------------------------------------------------------------------------------- what is read and written
+
+
+@pytest.mark.parametrize("resume", ["", " --resume"])
+@pytest.mark.parametrize(
+    "out, flags, flag",
+    [
+        ("full", "--method full --base full", "--base"), ("full", "--base ../{here}/full/.", "--base"),
+        ("full", "--base link", "--base"), (".", "--method all --base full", "--base"),
+        (".", "--method all --data full/merges.txt", "--data"),
+        ("full", "--method full --data full/merges.txt", "--data"),
+        ("one", "--method fusion --adapters {files}/two one", "--adapters"),
+    ],
+)  # fmt: skip
+def test_a_run_does_not_write_over_what_it_reads(monkeypatch, files, tmp_path, capsys, out, flags, flag, resume):
+    """A base, an adapter or a text in the place of the results is refused in one line, and keeps its bytes."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(files / "base", "full"), shutil.copytree(files / "one", "one"), os.symlink("full", "link")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    flags = flags.replace("{here}", tmp_path.name) + resume
+    assert train(monkeypatch, files, out, flags) == 2
+    line = last_line(capsys)
+    assert flag in line and "--out" in line
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_data_beside_the_results(monkeypatch, files, tmp_path, method):
+    """A text in the folder of the results is trained on, and keeps its bytes; --resume finds it as it was."""
+    shutil.copy(files / "a.txt", tmp_path / "a.txt")
+    assert train(monkeypatch, files, tmp_path, f"--method {method} --data {tmp_path}/a.txt") == 0
+    assert train(monkeypatch, files, tmp_path, f"--method {method} --data {tmp_path}/a.txt --resume") == 0
+    assert (tmp_path / "a.txt").read_bytes() == (files / "a.txt").read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------- files from strangers
@@ -587,7 +762,7 @@ def test_bad_data_is_refused_or_read(tmp_path, cases):
             path.write_bytes(spoil_bytes(draw.draw, path.read_bytes()))
         try:
             for side in data.load(str(path), ENCODING, 8):
-                side.sample(2), list(side.batches(2)), side.opening(), side.bytes()
+                side.sample(2), list(side.batches(2)), evaluate.first_words(side), evaluate.count_bytes(side)
         except data.Error as error:
             assert "\n" not in str(error)
 
@@ -729,11 +904,12 @@ def examples(tmp_path, lines):
 )
 def test_any_text_is_kept(tmp_path, text):
     """Odd texts, as prompt and as completion, come out of the tokens as they went in, and never as a special token."""
-    path = examples(tmp_path, [{"prompt": text, "completion": text}] * 3 + [b"", b"   ", b"\r"])
+    lines = [{"prompt": text + word, "completion": text} for word in ("", "one", "two")]
+    path = examples(tmp_path, [*lines, b"", b"   ", b"\r"])
     train_side, valid = data.load(str(path), ENCODING, 20_000)
     assert len(train_side.items) + len(valid.items) == 3 and train_side.n_truncated == valid.n_truncated == 0
-    for p, c in train_side.items:
-        assert ENCODING.decode(p[1:]) == ENCODING.decode(c[:-1]) == text
+    for p, c in train_side.items + valid.items:
+        assert ENCODING.decode(p[1:]).removesuffix("one").removesuffix("two") == ENCODING.decode(c[:-1]) == text
         assert p.count(ENCODING.eot_token) == c.count(ENCODING.eot_token) == 1
 
 
@@ -764,12 +940,12 @@ def test_texts_of_ten_megabytes_on_a_line(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("words and words, " * 600_000)
     train_side, valid = data.load(str(path), encoding, 128)
-    assert train_side.bytes() + valid.bytes() == 10_200_000
+    assert evaluate.count_bytes(train_side) + evaluate.count_bytes(valid) == 10_200_000
     path.write_text("one\ntwo" + " " * 2_000_000 + "three")
     with pytest.raises(data.Error, match="line 2: 100,000 blanks"):
         data.load(str(path), encoding, 128)
     path.write_text("one\ntwo" + " " * 99_999 + "three")
-    assert sum(side.bytes() for side in data.load(str(path), encoding, 8)) == 7 + 99_999 + 5
+    assert sum(map(evaluate.count_bytes, data.load(str(path), encoding, 8))) == 7 + 99_999 + 5
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
@@ -796,6 +972,31 @@ def test_what_is_cut_is_counted(monkeypatch, files, tmp_path, capsys):
     path = examples(tmp_path, [{"prompt": f"{i} " + "😀" * (40 * (i % 2)), "completion": "y"} for i in range(20)])
     assert train(monkeypatch, files, tmp_path / "o", f"--data {path} --length 64") == 0
     assert "10 examples have more than 64 tokens and were cut" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mark, says", [(tokenizer.ENDOFTEXT, True), ("", False)])
+def test_a_marker_between_documents_is_text(monkeypatch, files, tmp_path, capsys, mark, says):
+    """Where a text has <|endoftext|>, one line says how often, and that it is read as text."""
+    path = tmp_path / "a.txt"
+    path.write_text((files / "a.txt").read_text().replace("\n\n", f"\n{mark}\n\n"))
+    assert train(monkeypatch, files, tmp_path / "o", f"--data {path} --steps 1") == 0
+    said = capsys.readouterr().out
+    assert (f"{tokenizer.ENDOFTEXT} stands 100 times in the data: it is read as text" in said) == says
+
+
+def test_validation_shows_that_it_goes_on(files, capsys):
+    """A validation of over a second shows a bar, and leaves no line of it behind."""
+
+    class Slow(torch.nn.Module):
+        def forward(self, ids, labels):
+            time.sleep(0.2)
+            return gpt.Output(loss=torch.ones(()), logits=None, past_key_values=None)
+
+    examples = data.TokenStream(["a" * 32 * 7 * 32], ENCODING, 32)
+    evaluate.evaluate(Slow(), examples, process.Ranks(0, 1, CPU))
+    assert "validation" in capsys.readouterr().err
+    evaluate.evaluate(Slow(), data.TokenStream(["a" * 40], ENCODING, 32), process.Ranks(0, 1, CPU))
+    assert "validation" not in capsys.readouterr().err
 
 
 def test_a_dollar_in_the_name(monkeypatch, files, tmp_path):

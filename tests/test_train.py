@@ -394,7 +394,7 @@ def test_bits_per_byte_is_about_text(files, name):
         (["--data", "{empty}"], "empty"),
         (["--data", "{latin}"], "UTF-8"),
         (["--data", "{keys}"], "line 2"),
-        (["--data", "{short}"], "fewer than the 32"),
+        (["--data", "{short}"], "fewer than --length 32"),
         (["--rank", "0"], "rank"),
         (["--targets", "nothing"], "attn.c_attn"),
         (["--targets", "ln_1"], "LayerNorm"),

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,15 @@ def parse(description):
     args.out = args.out or f"out/{args.method}"
     defaults = METHODS[args.method].defaults if args.method != "all" else {}
     vars(args).update(defaults | {name: x for name, x in vars(args).items() if x is not None})
+    if args.generate is None:
+        check_out(args)
     return args, given
+
+
+def settings(args):
+    """{flag: value} of all that changes what a run computes: a state goes on with the same ones alone."""
+    no_result = ("out", "resume", "force", "save_every", "generate", "zero", "offload", "fsdp", "debug")
+    return {name: value for name, value in vars(args).items() if name not in no_result}
 
 
 def add_flags(add):
@@ -79,6 +88,8 @@ def add_flags(add):
     add("--save-every", type=int, default=100, help="steps from one saved state to the next (100)")
     add("--out", help="folder of the results (out/METHOD)")
     add("--resume", action="store_true", help="go on from the state in the folder of the results, if there is one")
+    changed = "go on though the data or the base changed since, with --resume, --generate or adapters of a fusion"
+    add("--force", action="store_true", help=changed)
     add("--prompt", help="what the samples go on from (the start of the validation data)")
     add("--generate", metavar="FOLDER", help="do not train: go on from --prompt with what was trained in this folder")
     add("--debug", action="store_true", help="show where in the program an error came from")
@@ -86,7 +97,7 @@ def add_flags(add):
 
 def check_method(args, given):
     """Flags that do not belong to the method, and numbers out of range."""
-    idle = given - {"generate", "prompt", "precision", "device", "seed", "debug"}
+    idle = given - {"generate", "force", "prompt", "precision", "device", "seed", "debug"}
     if args.generate is not None and idle:
         raise Error(f"--generate does not train: leave out {', '.join(sorted(idle))}")
     for name in sorted(given):
@@ -95,6 +106,8 @@ def check_method(args, given):
             raise Error(f"--{name} differs from method to method: leave it out with --method all")
         if owners and args.method not in owners:
             raise Error(f"--{name} belongs to --method {', '.join(owners)}")
+    if args.force and args.generate is None and not args.resume and args.method != "fusion":
+        raise Error("--force is for --resume, --generate and --method fusion: leave it out")
     if args.method == "fusion" and not args.adapters:
         raise Error("--method fusion needs --adapters: folders that runs of --method adapter left")
     if args.base == "scratch" and args.method != "full":
@@ -107,6 +120,19 @@ def check_method(args, given):
         raise Error(f"--{name.replace('_', '-')} must be {number}, not {getattr(args, name)}")
     if not 0 <= args.seed < 1 << 40:
         raise Error(f"--seed must be from 0 to 2^40 - 1, not {args.seed}")
+
+
+def check_out(args):
+    """What a run reads must not be what it writes: --resume and other methods would read something else."""
+    outs = [Path(args.out)] if args.method != "all" else [Path(args.out, name) for name in (*METHODS, "scratch")]
+    reads = [("--adapters", folder) for folder in getattr(args, "adapters", None) or []]
+    if args.base not in checkpoint.HUB or os.path.isdir(args.base):
+        reads.append(("--base", checkpoint.find_checkpoint("nano" if args.base == "scratch" else args.base)))
+    reads += [("--data", args.data)] * args.data.endswith(".txt")
+    for flag, name in reads:
+        for path in (*outs, *(out / "merges.txt" for out in outs)):  # full leaves a tokenizer
+            if os.path.exists(path) and os.path.exists(name) and os.path.samefile(path, name):
+                raise Error(f"{flag} {name} is where this run would write its results: give another --out")
 
 
 def check_ranks(args):

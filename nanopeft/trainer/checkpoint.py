@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout  # torch brings it
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from nanopeft import gpt
 from nanopeft.trainer import Error, Failure
@@ -36,11 +36,15 @@ HUB = {
 
 
 def load_gpt(name_or_dir="nano", dtype=torch.float32):
-    """The embedded base ("nano"), a folder in Hugging Face's GPT-2 format, or one of HUB by name."""
+    """The embedded base ("nano"), a folder in Hugging Face's GPT-2 format, or one of HUB by name.
+
+    Its attribute checksum is of the numbers as they are stored, whatever dtype they are loaded in.
+    """
     folder = find_checkpoint(name_or_dir)
+    config = read_config(folder / "config.json")
     with torch.device("meta"):  # shapes without memory, until the file's tensors are put in their place
-        model = gpt.GPT(**read_config(folder / "config.json"))
-    state = {}
+        model = gpt.GPT(**config)
+    state, total = {}, zlib.crc32(json.dumps(config).encode())
     try:
         stored = find_tensors(folder)
         for key, p in model.named_parameters():
@@ -54,6 +58,7 @@ def load_gpt(name_or_dir="nano", dtype=torch.float32):
                 if tensor.shape != (p.shape[::-1] if is_conv1d(key) else p.shape) or not fits:
                     found = f"{name} {list(tensor.shape)} of {tensor.dtype}"
                     raise Error(f"{path} has {found}, which does not fit config.json")
+                total = zlib.crc32(bits(tensor), total)
                 tensor = tensor.t() if is_conv1d(key) else tensor
                 state[key] = torch.empty(p.shape, dtype=dtype).copy_(tensor)
     except (SafetensorError, OSError) as error:
@@ -65,6 +70,7 @@ def load_gpt(name_or_dir="nano", dtype=torch.float32):
         raise Error(f"{folder} has tensors that config.json has no place for: {', '.join(left[:3])}")
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
+    model.checksum = f"{total:08x}"
     return model
 
 
@@ -216,27 +222,31 @@ def check_space(folder, shapes):
         raise Error(f"--out {folder} has {free / 1e6:,.1f} MB free, and a state takes {size / 1e6:,.1f} MB")
 
 
-def save_adapter(folder, state, config):
+def save_adapter(folder, state, config, base_checksum):
+    """base_checksum goes into the tensors' file: peft passes over its metadata, and warns of keys in a config."""
     state = {key: p.cpu().contiguous() for key, p in state.items()}
+    metadata = {"base_checksum": base_checksum}  # one key: safetensors writes several in any order
     write(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
-    write(folder / "adapter_model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
+    write(folder / "adapter_model.safetensors", lambda path: save_file(state, path, metadata=metadata))
 
 
 def read_adapter(folder):
-    """(config, state) of an adapter's folder."""
+    """(config, state, checksum of the base it was trained on or None) of an adapter's folder."""
     folder = Path(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not os.path.isfile(folder / name):  # a pipe would be waited for
             raise Error(f"{folder} holds no adapter: there is no file {name}")
     config = read_json(folder / "adapter_config.json")
     try:
-        state = {key: t.clone() for key, t in load_file(folder / "adapter_model.safetensors").items()}  # not mapped
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            base_checksum = (file.metadata() or {}).get("base_checksum")
+            state = {key: file.get_tensor(key).clone() for key in file.keys()}  # not mapped
     except (OSError, ValueError, SafetensorError) as error:
         raise Error(f"{folder} holds no adapter: {error}") from None
     for key, t in state.items():
         if not t.is_floating_point() or t.element_size() < 2:
             raise Error(f"{folder / 'adapter_model.safetensors'}: {key} is {t.dtype}, which holds no trained numbers")
-    return config, state
+    return config, state, base_checksum
 
 
 # What follows reads one kind of adapter_config.json, ours or peft's, into arguments for the technique file's function.
@@ -350,6 +360,7 @@ class Progress:
     """How far a run has come: what JSON can hold of its state."""
 
     settings: dict
+    checksums: dict = field(default_factory=dict)  # of what the settings only name, and others may change
     step: int = 0
     losses: list = field(default_factory=list)  # nats per token, one for each step
     tokens: int = 0
@@ -362,13 +373,26 @@ class Progress:
     skipped: int = 0  # steps on which fp16 overflowed
     before: dict = field(default_factory=dict)  # loss, bits per byte, accuracy and a sample of the untouched base
 
+    def go_on_with(self, checksums, world):
+        """Takes what the run goes on with in the place of what it had; yields a line on each difference."""
+        if self.world != world:
+            yield f"it is of {self.world} processes, and here are {world}: sums will round otherwise"
+        if changed := [f"--{name}" for name, value in checksums.items() if self.checksums.get(name, value) != value]:
+            yield f"{', '.join(changed)}: not what it was; the figures before training are of the old one"
+        self.checksums, self.world = checksums, world
+
+
+def bits(tensor):
+    """The tensor's bytes, not copied if it is contiguous and on the CPU."""
+    return tensor.cpu().reshape(-1).view(torch.uint8).numpy()
+
 
 def checksum(tensors, text):
     """Of all that a state holds: names, types, shapes, bits, and the text."""
     total = zlib.crc32(text.encode())
     for key, t in sorted(tensors.items()):
         total = zlib.crc32(f"{key} {t.dtype} {tuple(t.shape)}".encode(), total)
-        total = zlib.crc32(t.cpu().reshape(-1).view(torch.uint8).numpy(), total)
+        total = zlib.crc32(bits(t), total)
     return f"{total:08x}"
 
 
@@ -392,8 +416,11 @@ def set_aside(path, progress, ranks):
         ranks.say(f"the state of a run that did not end is kept as {kept}; as {path.name}, --resume goes on from it")
 
 
-def load_state(path, settings, shapes):
-    """(progress, states) that save_state wrote; Error if it was another run, by its settings and parameters' shapes."""
+def load_state(path, settings, shapes, checksums, force):
+    """(progress, states) that save_state wrote; Error if it was another run, by its settings and parameters' shapes.
+
+    Error as well if what the settings name has other checksums than then, unless force is True.
+    """
     try:
         with safe_open(path, "pt") as file:
             text, expected = file.metadata()["run"], file.metadata()["checksum"]
@@ -414,6 +441,10 @@ def load_state(path, settings, shapes):
     found = {name: kept["master"].shape for name, kept in states.items()}
     if wrong := [name for name in {**shapes, **found} if shapes.get(name) != found.get(name)]:
         raise Error(f"{path} does not fit at {wrong[0]}: the base is not the one of its run")
+    for name, value in checksums.items():
+        if progress.checksums.get(name, value) != value and not force:
+            what = f"--{name} {settings[name]} is not what it was when the run of {path} began"
+            raise Error(f"{what}: put it back, start again without --resume, or go on all the same with --force")
     for kept in states.values():
         if len(kept) > 1:  # with fp16 there may have been nothing but overflows, and no m and v
             kept["step"] = progress.step - progress.skipped

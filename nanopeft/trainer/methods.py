@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """One table of the methods: what each adds to a model, and how that is saved and opened again."""
 
+import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +24,7 @@ class Method(NamedTuple):
 
     defaults: dict  # its flags
     add: Callable = nothing  # (model, **settings): freezes the model, adds what is trained, returns it
-    settings: Callable = lambda args, encoding, train: {}  # from the flags
+    settings: Callable = lambda args, encoding, train, model: {}  # from the flags
     peft_types: tuple = ()  # in adapter_config.json
     read_config: Callable | None = None  # settings from adapter_config.json
     state_dict: Callable | None = None
@@ -32,7 +34,7 @@ class Method(NamedTuple):
     penalty: Callable = lambda model: 0.0  # added to the loss
 
 
-def lora_settings(args, encoding, train):
+def lora_settings(args, *_):
     return {"targets": args.targets, "r": args.rank, "alpha": args.alpha}
 
 
@@ -41,14 +43,17 @@ def qlora_config(model):
     return lora.lora_config(model) | {"base_quantization": stored.quant_type}  # ours alone: peft passes over it
 
 
-def fusion_settings(args, encoding, train):
-    adapters = [checkpoint.read_adapter(folder) for folder in args.adapters]
-    for config, _ in adapters:
+def fusion_settings(args, encoding, train, model):
+    adapters = []
+    for folder in args.adapters:
+        config, state, base_checksum = checkpoint.read_adapter(folder)
         checkpoint.adapter_arguments(config)
+        check_base(folder, base_checksum, args.base, model, args.force)
+        adapters.append((config, state))
     return {"adapters": adapters}
 
 
-def prompt_settings(args, encoding, train):
+def prompt_settings(args, encoding, train, model):
     init = args.init
     if init == "labels":
         if isinstance(train, data.TokenStream):
@@ -68,7 +73,7 @@ METHODS = {
     ),
     "qlora": Method(
         {"lr": 5e-3, "rank": 8, "alpha": 16.0, "targets": "all-linear", "quant": "nf4"},
-        qlora.add_qlora, lambda args, *rest: lora_settings(args, *rest) | {"quant_type": args.quant}, (), None,
+        qlora.add_qlora, lambda args, *_: lora_settings(args) | {"quant_type": args.quant}, (), None,
         lora.lora_state_dict, qlora_config, lora.load_lora_state_dict,
     ),
     "adapter": Method(
@@ -108,12 +113,47 @@ def load_tokenizer(base):
 
 
 def load_base(base, encoding, dtype, device):
+    """The model, with a checksum of what it is stored as, its tokenizer included."""
     if base == "scratch":
-        return gpt.GPT(vocab_size=encoding.n_vocab).to(device, dtype)
+        model = gpt.GPT(vocab_size=encoding.n_vocab)
+        model.checksum = base
+        return model.to(device, dtype)
     model = checkpoint.load_gpt(base, dtype)
     if encoding.n_vocab > model.config.vocab_size:
         raise Error(f"{base} has a tokenizer of {encoding.n_vocab} tokens, and a model of {model.config.vocab_size}")
+    model.checksum += f"{zlib.crc32(b' '.join(encoding._mergeable_ranks)):08x}"
     return model.to(device)
+
+
+def check_base(folder, base_checksum, base, model, force):
+    """Error for an adapter of another base than the model: on this one its numbers mean nothing. peft's say of none."""
+    if base_checksum not in (None, model.checksum) and not force:
+        what = f"{folder} was trained on a base of other weights, shape or tokenizer than {base} has"
+        raise Error(f"{what}: give it its own base, or use it all the same with --force")
+
+
+def checksums(args, base, train, valid):
+    """{flag: checksum} of what the flags of a run only name, and somebody may change under that name."""
+    found = {"base": base.checksum}
+    total = 0
+    for split in (train, valid):
+        tokens = split.tokens.numpy() if isinstance(split, data.TokenStream) else json.dumps(split.items).encode()
+        total = zlib.crc32(tokens, total)
+    found["data"] = f"{total:08x}"
+    if args.method == "fusion":
+        states = [checkpoint.read_adapter(folder)[1] for folder in args.adapters]
+        found["adapters"] = " ".join(checkpoint.checksum(state, "") for state in states)
+    return found
+
+
+def remarks(train, valid, encoding):
+    """Lines on what the data has that a user may not expect."""
+    if n := train.n_truncated + valid.n_truncated:
+        yield f"{n:,} examples have more than {train.length} tokens and were cut"
+    if isinstance(train, data.TokenStream):
+        texts = (encoding.decode(split.tokens[split.tokens != encoding.eot_token].tolist()) for split in (train, valid))
+        if n := sum(text.count(tokenizer.ENDOFTEXT) for text in texts):
+            yield f"{tokenizer.ENDOFTEXT} stands {n:,} times in the data: it is read as text, and ends no document"
 
 
 def add(model, args, encoding, train):
@@ -122,7 +162,7 @@ def add(model, args, encoding, train):
     if "rank" in method.defaults and args.rank > model.config.n_embd:
         width = f"the model's width, {model.config.n_embd}"
         raise Error(f"--rank {args.rank} is above {width}: no update has a rank above it")
-    model = method.add(model, **method.settings(args, encoding, train))
+    model = method.add(model, **method.settings(args, encoding, train, model))
     if not any(p.numel() for p in model.parameters() if p.requires_grad):
         raise Error(f"--template {args.template!r} has no [P], so there is nothing to train")
     return model
@@ -135,13 +175,13 @@ def count(method, base_size, model):
     return {"trained_parameters": trained, "total_parameters": total}
 
 
-def save(model, encoding, args, folder):
+def save(model, encoding, args, folder, base_checksum):
     """Writes what was trained, full: a GPT-2 checkpoint. The numbers and bytes on the disk."""
     method = METHODS[args.method]
     if method.state_dict is not None:
         config = method.config(model) | {"base_model_name_or_path": args.base}
         state, files = method.state_dict(model), ("adapter_config.json", "adapter_model.safetensors")
-        checkpoint.save_adapter(folder, state, config)
+        checkpoint.save_adapter(folder, state, config, base_checksum)
         return {"stored_parameters": sum(t.numel() for t in state.values()), "stored_bytes": size_of(folder, files)}
     try:
         checkpoint.save_gpt(model, folder)
@@ -158,7 +198,7 @@ def size_of(folder, files):
     return sum((folder / name).stat().st_size for name in files)
 
 
-def load(folder, dtype, device):
+def load(folder, dtype, device, force=False):
     """(model, tokenizer) from what save wrote, or from an adapter of peft's on one of the bases here."""
     folder = Path(folder)
     if not os.path.exists(folder / "adapter_config.json"):
@@ -167,7 +207,7 @@ def load(folder, dtype, device):
             raise Error(f"{folder} holds nothing trained" + ": --resume finishes the run" * unfinished)
         encoding = load_tokenizer(str(folder))
         return load_base(str(folder), encoding, dtype, device), encoding
-    config, state = checkpoint.read_adapter(folder)
+    config, state, base_checksum = checkpoint.read_adapter(folder)
     kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
     method = next((method for method in METHODS.values() if kind in method.peft_types), None)
     if method is None:
@@ -182,7 +222,9 @@ def load(folder, dtype, device):
     if "base_quantization" in config:
         method, settings = METHODS["qlora"], settings | {"quant_type": config["base_quantization"]}
     encoding = load_tokenizer(base)
-    model = method.add(load_base(base, encoding, dtype, device), **settings)
+    model = load_base(base, encoding, dtype, device)
+    check_base(folder, base_checksum, base, model, force)
+    model = method.add(model, **settings)
     method.load(model, state)
     return model, encoding
 
