@@ -232,7 +232,7 @@ TASKS = {"library": library, "reference": reference, "modules": modules}
 # --------------------------------------------------------------------------------------------------------------- files
 
 BLANKS = re.compile(r"(?<!\s)\s{100000}")  # over a million of them tiktoken panics, which no except should catch
-ENDS = (r"\n\s*\n", r"\n", r"[.!?]+[\"')”]*\s+|[。！？]+[”』」]*")  # of a paragraph, a line, a sentence
+ENDS = (r"\n\s*\n", r"\n", r"[.!?][\"')”]*\s+|[。！？]+[”』」]*")  # of a paragraph, a line, a sentence
 
 
 def read(path):
