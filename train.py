@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from nanopeft import data
+from nanopeft import data, recompute
 from nanopeft.trainer import Error, Failure, arguments, checkpoint, methods, process, report
 from nanopeft.trainer.engine import Engine, storage_dtype
 from nanopeft.trainer.evaluate import accuracy, count_labels, evaluate, first_words, sample
@@ -70,6 +70,8 @@ def fine_tune(args, precision, ranks):
     penalty = methods.METHODS[args.method].penalty
     counts = methods.count(args.method, base_size, model)
     checksums = methods.checksums(args, base, train, valid)
+    if args.recompute:
+        recompute.recompute(base.transformer.h, args.recompute)
     if args.compile:
         for block in base.transformer.h:
             block.compile()

@@ -73,12 +73,11 @@ PEAK. Forward fills the activations; backward frees them and fills the gradients
 
 OUT OF MEMORY? Try in this order:                       saves                     costs
     1. k smaller micro-batches, gradients accumulated   activations / k           k passes, each less efficient
-    2. gradient checkpointing                           keeps n·d·e for a block   one more forward: +1/3, LoRA +1/2
+    2. recomputation (recompute.py), --recompute 1      keeps n·d·e for a block   forward again: +2/9; LoRA +1/2
     3. LoRA                                             14 Ψ become 16 Ψ_t        capacity to learn much that is new
     4. QLoRA; in full training 8-bit Adam               2 to 0.516; 16 to 10 Ψ    time to dequantize; rounding
     5. ZeRO over N devices, then offload                states / N                traffic (zero.py); a slow update
-Checkpointing runs each block again in backward, so 16·n·d·e live for one block at a time. Full training is 1 forward
-+ 2 for backward (dx and dW), LoRA about 1 + 1: it computes hardly any dW.
+Recomputation (gradient checkpointing) runs each block again in backward, so 16·n·d·e live for one block at a time.
 
 INFERENCE takes 2 Ψ: each weight once, in 16 bits, and one layer's activations at a time. On top comes the KV cache,
 keys and values of all earlier tokens: 2·L·d·T·B·e bytes, for llama-7b and one row of 4096 tokens 2.147 GB beside 13.477
@@ -186,6 +185,10 @@ def activations(s):
         formulas["copies in 16 bits"] = f"({s.trained}{unused})*e"  # of fp32 numbers, to compute: A for dx, B for dA
     if s.method == "ptuning" and s.encoder == "lstm":
         formulas["encoder's LSTM, as counted"] = f"{lstm_bytes(s)}"
+    if s.R:  # blocks keep their input alone, the first among them
+        kept = ("k, v with the prefix, masks",)  # the cache holds them
+        formulas |= {x: re.sub(r"\bL( - 1)?\b", "(L - R)", of) for x, of in formulas.items() if x not in kept}
+        formulas["inputs of recomputed blocks"] = "R*n*d*e"
     return [item for item in evaluate(formulas, s) if item[2] and (s.e == 2 or item[0] != "copies in 16 bits")]
 
 
@@ -196,12 +199,14 @@ def peak(s, found):
     s.rows = min(max(256, (1 << 21) // s.V), s.B * (s.text - 1))  # gpt.py's loss makes so many rows of logits at a time
     s.chunk = min(s.rows * s.V, LOSS_CHUNK * torch.get_num_threads())  # and takes so many of them through the softmax
     x = "(3*n + 3*rows)*d*e" if s.T > s.text else "(2*n + 3*rows)*d*e"  # one copy more to cut off virtual tokens
+    one, two = (total(activations(SimpleNamespace(**vars(s) | {"L": L, "R": 0}))) for L in (1, 2))
+    again = {"a block again": f"{two - one}"} if s.R and (s.L - 1) % s.every == 0 else {}  # the last one is the first
     freed = {"freed: inputs of an adapter, last norm": "-2*n*d*e"} if s.method in ("adapter", "fusion") else {}
     head, softmax = {"gradient of the head": "V*d*e"}, {"log-softmax in fp32": "chunk*(4 + 4*(e == 2))"}
     moments = {
         "in the loss": before | {"logits": "rows*V*e", "x": x} | (head if full else softmax),
         "as backward starts": before | ({"gradient of the head": "V*d*(4 + e*(e == 2))"} if full else {}),
-        "in backward": before | {"both sides of GELU": "2*n*f*e", "residual stream": "n*d*e"} | freed,
+        "in backward": before | again | {"both sides of GELU": "2*n*f*e", "residual stream": "n*d*e"} | freed,
         "after backward": {part: sums[part] for part in PARTS} | (head if full else {}) | {"input": "n*d*e"},
     }
     each = [evaluate({f"{when}: {what}": of for what, of in parts.items()}, s) for when, parts in moments.items()]
@@ -303,14 +308,15 @@ def find_sizes(name):
     return SimpleNamespace(Ψ=n, Ψ_q=n, linears={})
 
 
-def run_of(s, method, precision="fp32", batch=16, length=128, accumulate=1, **settings):
-    """The sizes s together with those of a run."""
+def run_of(s, method, precision="fp32", batch=16, length=128, accumulate=1, recompute=0, **settings):
+    """The sizes s together with those of a run. recompute: every so many blocks; 0: none."""
     if settings.keys() - SETTINGS[method].keys():
         raise Error(f"{method} takes {', '.join(SETTINGS[method]) or 'no settings'}, not {', '.join(settings)}")
     settings, letters = SETTINGS[method] | settings, {"rank": "r", "bottleneck": "m", "tokens": "p"}
     s = SimpleNamespace(**vars(s) | {letters.get(name, name): value for name, value in settings.items()})
     s.method, s.accumulate, s.B, s.text, s.e = method, accumulate, batch, length, BYTES[precision]
     s.T = length + (s.p if method in ("prompt", "ptuning") and not settings.get("template") else 0)
+    s.every, s.R = recompute, -(-s.L // recompute) if recompute else 0  # R recomputed blocks
     s.n, s.m = s.B * s.T, settings.get("bottleneck") or max(1, s.d // 16)
     s.sites = 2 if settings.get("placement") == "houlsby" else 1
     if s.T + (s.p if method == "prefix" else 0) > s.P:
@@ -346,7 +352,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, add = refuse, parser.add_argument  # one line instead of the whole usage
     add("model", help=f"a number of parameters (6B, 124M), a config.json, or one of {', '.join(MODELS)}")
-    for flag in ("gpus", "stage", "batch", "length", "rank", "bottleneck", "tokens"):
+    for flag in ("gpus", "stage", "batch", "length", "rank", "bottleneck", "tokens", "recompute"):
         add(f"--{flag}", type=int, choices=range(4) if flag == "stage" else None)
     for flag, choices in {"method": SETTINGS, "precision": BYTES, "quant": ("nf4", "int8")}.items():
         add(f"--{flag}", choices=choices)
@@ -366,7 +372,7 @@ def main():
         only, parts = "ZeRO" if args.stage is None else f"ZeRO {args.stage}", training(s, args.gpus, args.rank or 8)
         parts = {how: found for how, found in parts.items() if "ZeRO" not in how or only in how}
     elif s.linears:
-        settings = {name: given[name] for name in ("rank", "quant", "bottleneck", "tokens") if name in given}
+        settings = {name: given[name] for name in ("rank", "quant", "bottleneck", "tokens", "recompute") if name in given}
         length = args.length or min(512, max(1, s.P // 2))
         s = run_of(s, args.method or "full", args.precision or "bf16", args.batch or 1, length, **settings)
         parts = (step_bytes(s) if args.method else parts) | {"beside it": evaluate(ON_TOP, s)}

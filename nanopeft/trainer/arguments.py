@@ -42,7 +42,7 @@ def parse(description):
 
 def settings(args):
     """{flag: value} of all that changes what a run computes: a state goes on with the same ones alone."""
-    no_result = ("out", "resume", "force", "save_every", "generate", "zero", "offload", "fsdp", "debug")
+    no_result = ("out", "resume", "force", "save_every", "recompute", "generate", "zero", "offload", "fsdp", "debug")
     return {name: value for name, value in vars(args).items() if name not in no_result}
 
 
@@ -84,6 +84,8 @@ def add_flags(add):
     add("--zero", type=int, help="under torchrun: ZeRO's stage, 0 to 3; each rank takes its share of every batch")
     add("--fsdp", action="store_true", help="under torchrun: PyTorch's own fully_shard instead of zero.py")
     add("--offload", choices=["cpu", "disk"], help="with --zero: where master copies and moments are kept")
+    every = "recompute every K-th block's activations in backward: less memory, more time (1)"
+    add("--recompute", type=int, nargs="?", const=1, metavar="K", help=every)
     add("--compile", action="store_true", help="torch.compile each decoder block, and AdamW (not --fsdp's)")
     add("--save-every", type=int, default=100, help="steps from one saved state to the next (100)")
     add("--out", help="folder of the results (out/METHOD)")
@@ -114,7 +116,7 @@ def check_method(args, given):
         raise Error("--base scratch has learned nothing that could be kept frozen: use --method full")
     if args.length is None:
         args.length = 256 if args.data == "modules" or args.data.endswith(".jsonl") else 128
-    least = dict(steps=1, batch=1, accumulate=1, length=2, save_every=1, lr=0, weight_decay=0, clip=0)
+    least = dict(steps=1, batch=1, accumulate=1, length=2, save_every=1, recompute=1, lr=0, weight_decay=0, clip=0)
     for name in [name for name in least if name in given and not least[name] <= getattr(args, name) < math.inf]:
         number = f"at least {least[name]} and finite"
         raise Error(f"--{name.replace('_', '-')} must be {number}, not {getattr(args, name)}")

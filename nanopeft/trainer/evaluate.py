@@ -66,9 +66,9 @@ def accuracy(model, examples, ranks):
 def first_words(examples):
     """The start of the data, as a prompt for a sample: the first words, or the first pair's prompt."""
     if isinstance(examples, data.TokenStream):
-        return examples.encoding.decode(examples.tokens[1:17].tolist())
+        return examples.encoding.decode(examples.tokens[1:17].tolist()).rstrip("\ufffd")  # the rest of a character
     prompt, _ = examples.items[0]
-    return examples.encoding.decode(prompt[1:]).lstrip("\ufffd")  # the rest of a character that was cut
+    return examples.encoding.decode(prompt[1:]).lstrip("\ufffd")
 
 
 def sample(model, encoding, text, device, seed):
