@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from nanopeft import gpt, lora, zero
 from nanopeft.adamw import AdamW
+from nanopeft.trainer import engine
 from nanopeft.trainer.checkpoint import load_gpt, save_gpt
 from nanopeft.zero import Error, ZeRO, zero_bytes, zero_traffic
 
@@ -604,6 +605,32 @@ def long_norm(n, dtype):
     return engine.step(), sum(piece.double().square().sum() for piece in grad.split(1 << 20)).sqrt().item()
 
 
+class Long(nn.Module):
+    """One long parameter, whose gradient is what it is multiplied with."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(n))
+
+    def forward(self, grad):
+        return (self.weight * grad).sum()
+
+
+def long_norm_of(kind, n):
+    """The trainer's own engines: the norm of a drawn gradient of n elements, what it is in fp64, and what SGD with a
+    norm clipped to 1 moves by."""
+    model, grad = Long(n), torch.randn(n, generator=torch.Generator().manual_seed(0))
+    params = {"weight": model.weight}
+    if kind == "OneProcess":
+        own = engine.OneProcess(model, params, AdamW(params.values(), lr=0.01))
+    else:
+        own = engine.FSDP(model, [], torch.float32, 0.0, None, lr=0.01, betas=(0.9, 0.999))
+    own.backward(model(grad) / dist.get_world_size())
+    norm = own.step(1.0, 1.0)
+    m = own.state_dict()["weight"]["m"].flatten()  # 0.1 · clipped gradient
+    return norm, sum(x.double().square().sum() for x in grad.split(1 << 20)).sqrt().item(), grad, m
+
+
 def by_habit(stage):
     """The errors of what works without an engine."""
     model, x, errors = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.ones(1, 4), []
@@ -919,6 +946,14 @@ def test_norm_of_a_long_gradient(ranks, n, dtype):
     """The norm is within 1e-6 of fp64 at any length and dtype; one sum in fp32 may err by 1e-4 at 4M elements."""
     norm, exact = ranks.job(1, "long_norm", n, dtype)[0]
     assert norm == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind, world", [("OneProcess", 1), ("FSDP", 2)])
+def test_norm_of_the_trainers_engines(ranks, kind, world):
+    """Without ZeRO, and with FSDP, the norm is within 1e-6 of fp64, and the gradient is divided by it to clip it."""
+    for norm, exact, grad, m in ranks.job(world, "long_norm_of", kind, 4_000_000):
+        assert norm == pytest.approx(exact, rel=1e-6)
+        torch.testing.assert_close(m, 0.1 * grad / exact, rtol=2e-6, atol=0)  # 1e-6 of it, and fp32's roundings
 
 
 # ----------------------------------------------------------------------------------------------------- bytes, traffic
