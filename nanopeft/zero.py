@@ -69,6 +69,7 @@ The whole family in one table: nanopeft/__init__.py
 
 import tempfile
 import weakref
+from bisect import bisect
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -126,19 +127,16 @@ class FlatParameter:
         self.params, self.names, self.shapes = [*names], [*names.values()], [p.shape for p in names]
         self.world, self.rank = (1, 0) if stage == 0 else (dist.get_world_size(), dist.get_rank())
         self.size = -(-sum(p.numel() for p in self.params) // self.world)  # rounded up
-        self.full = self.flatten([p.detach() for p in self.params])
-        broadcast(self.full)
-        self.shard = self.full.split(self.size)[self.rank]  # (shard,)
+        self.full = self.params[0].detach().new_zeros(self.world * self.size)
+        part = self.full.split(self.size)[self.rank]
+        self.master = self.shard = part.clone() if stage == 3 else part  # (shard,)
         self.grad, self.is_unsharded, self.keep_unsharded = None, False, False
-        self.in_flight = []  # no messages to wait for: wait() only makes the parameters views of full
-        self.wait()
-        if stage == 3:
-            self.shard = self.shard.clone()
-            self.reshard()
         if group is not None:
             device, dtype = "cpu" if offload else self.full.device, torch.promote_types(self.full.dtype, torch.float32)
             master = self.shard.to(device, dtype, copy=bool(offload))
             self.master = torch.nn.Parameter(mapped(master) if offload == "disk" else master)
+        self.take_written()
+        self.reshard()
 
     def flatten(self, tensors):
         """Tensors of the parameters' shapes end to end, and zeros up to N · shard."""
@@ -173,6 +171,7 @@ class FlatParameter:
             self.in_flight, self.is_unsharded = None, True
             for p, view in zip(self.params, self.unflatten(self.full)):
                 p.data = view
+            self.marks = self.mark()
 
     def reshard(self):
         """Stage 3: frees all but the shard. A parameter without elements fails where it is used."""
@@ -184,11 +183,27 @@ class FlatParameter:
             self.full.untyped_storage().resize_(0)
 
     def all_gather_params(self):
-        """After the update: shard = master, rounded to 16 bits. Stages 1 and 2 start to send it to all ranks."""
+        """After the update: shard = master, rounded to 16 bits. Where full is in memory, starts to send it to all."""
         if self.master.data_ptr() != self.shard.data_ptr():  # in fp32 they are one
             self.shard.copy_(self.master)
-        if self.stage in (1, 2):
-            self.in_flight = all_gather(self.full, self.shard)
+        if self.is_unsharded:
+            self.in_flight = all_gather(self.full, self.shard) if self.stage > 0 else []
+
+    @torch.no_grad()
+    def take_written(self):
+        """What rank 0 has in the parameters is what training goes on from; what is not written keeps its master."""
+        self.full.copy_(self.flatten([p.data for p in self.params]))  # they are views of it, unless p.data = x
+        broadcast(self.full)
+        self.shard.copy_(self.full.split(self.size)[self.rank])
+        shard = self.shard.to(self.master.device)
+        self.master.copy_(torch.where(self.master.to(shard.dtype) == shard, self.master, shard))
+        self.in_flight = []  # no messages to wait for: wait() only makes the parameters views of full
+        self.wait()
+
+    def mark(self):
+        """Changes with each write to a parameter, except in place where that writes the master, too."""
+        is_copy = self.stage == 3 or self.master.data_ptr() != self.shard.data_ptr()
+        return [(p.data_ptr(), is_copy and p._version) for p in self.params]
 
 
 # ----------------------------------------------------------------------------------------------------------- engine
@@ -214,24 +229,31 @@ class ZeRO:
         groups = list(params) if params is not None else [p for p in model.parameters() if p.requires_grad]
         groups = groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
         self.flat_params = [FlatParameter(*part, stage, offload) for part in partition(model, blocks, groups, stage)]
-        for x in [*model.buffers(), *(p.data for p in model.parameters() if not p.requires_grad and stage < 3)]:
+        self.frozen = [p for p in model.parameters() if not p.requires_grad and stage < 3]
+        for x in [*model.buffers(), *self.frozen]:
             broadcast(x)
         self.units = [[flat for flat in self.flat_params if flat.unit == i] for i in range(len(blocks) + 1)]
         self.trained = [flat for flat in reversed(self.flat_params) if flat.group is not None]  # in order of backward
         masters = [[flat.master for flat in self.trained if flat.group == i] for i in range(len(groups))]
         self.optimizer = optimizer([{**group, "params": m} for group, m in zip(groups, masters)], **settings)
         self.queue, self.in_flight, self.in_backward = [], None, False
+        self.unit_from = {0: 0}  # {number of a node in autograd's graph: the unit that forward is in from there on}
         me = weakref.proxy(self)  # hooks must not keep the engine alive
         for p in [p for flat in self.trained for p in flat.params] if stage >= 2 else []:
             p.register_post_accumulate_grad_hook(lambda p: me.grad_ready())
         for i, module in enumerate([model, *blocks] if stage == 3 else []):
             module.register_forward_pre_hook(lambda *_, i=i: me.before_unit(i))
             module.register_forward_hook(lambda module, args, output, i=i: me.after_forward(i, output))
+        for module in model.modules() if stage == 3 else ():
+            for register in (module.register_state_dict_pre_hook, module.register_load_state_dict_pre_hook):
+                register(lambda *_: me.check_unsharded("save and load inside engine.whole(), on all ranks"))
 
     def backward(self, loss):
         """Backward of this rank's part of the loss. Parts are summed over ranks and over the calls before a step."""
         self.queue, self.in_backward = list(self.trained), True
-        self.before_unit(0)
+        if self.stage == 3:
+            self.before_unit(0)
+            self.hook_graph(loss)
         loss.backward()
         if self.stage >= 2:
             for flat in self.trained:  # a parameter was not used, or got a second gradient after its bucket had left
@@ -269,6 +291,8 @@ class ZeRO:
         clip: the largest norm. loss_scale: what the loss was multiplied by before backward, as fp16 needs it."""
         if not self.queue and self.trained[0].grad is None:
             raise Error("step() without gradients: call engine.backward(loss), not loss.backward(), before each step")
+        if any(flat.is_unsharded and flat.marks != flat.mark() for flat in self.trained):
+            raise Error("parameters were written since the last step: do that inside engine.whole(), then leave it")
         while self.queue:  # stages 0 and 1: once for all micro-batches
             self.reduce_scatter(self.queue.pop(0))
         self.wait_and_accumulate()
@@ -288,10 +312,17 @@ class ZeRO:
         for flat in self.trained:
             flat.wait()
             flat.grad = None
+        self.unit_from = {0: 0}
         return norm
 
     def before_unit(self, i):
         """Stage 3: unit i is about to compute, in forward or backward. Unshard it, prefetch the next, wait for it."""
+        if self.in_backward:
+            # Backward goes L, ..., 1: units above i are done. But i = 0 is the head, before them all
+            for flat in [flat for flat in self.flat_params if flat.unit > i > 0]:
+                flat.reshard()
+        else:
+            self.unit_from[torch.autograd._get_sequence_nr()] = i
         # Forward goes 0, 1, ..., L. Backward begins with the head, so it goes 0, L, ..., 1
         following = (i - 1 if self.in_backward else i + 1) % len(self.units)
         for flat in self.units[i] + self.units[following]:  # unit i itself has mostly been prefetched
@@ -300,35 +331,53 @@ class ZeRO:
             flat.wait()
 
     def after_forward(self, i, output):
-        """Frees unit i, and has it unsharded again when backward brings the gradient of its output."""
-        if not self.in_backward:  # there, a forward recomputes activations, and backward of the unit follows
+        """Frees unit i, unless this forward recomputes activations in backward: then backward of the unit follows."""
+        if not self.in_backward:
+            self.unit_from[torch.autograd._get_sequence_nr()] = 0
             for flat in self.units[i] if i > 0 else self.flat_params:
                 flat.reshard()
-        for x in output if isinstance(output, (tuple, list)) else [output]:
-            if isinstance(x, torch.Tensor) and x.requires_grad:
-                x.register_hook(lambda grad: self.before_backward(i))
+        if isinstance(output, torch.Tensor) and output.requires_grad:
+            output.register_hook(lambda grad: self.check_unsharded("call engine.backward(loss), not loss.backward()"))
 
-    def before_backward(self, i):
+    def hook_graph(self, loss):
+        """Stage 3: has a unit unsharded when backward enters the part of autograd's graph that the unit's forward made.
+        The nodes' numbers tell which part that is, so it does not matter what a block returns, nor who changes it."""
+        numbers, seen, stack = [*self.unit_from], set(), [(loss.grad_fn, 0)]
+        while stack:
+            node, above = stack.pop()
+            i = self.unit_from[numbers[bisect(numbers, node._sequence_nr()) - 1]]
+            if i not in (0, above):
+                node.register_prehook(lambda _, i=i: self.before_unit(i))
+            if node not in seen:
+                seen.add(node)
+                stack += [(following, i) for following, _ in node.next_functions if following]
+
+    def check_unsharded(self, advice):
         if not (self.in_backward or all(flat.is_unsharded for flat in self.flat_params)):
-            raise Error("call engine.backward(loss), not loss.backward(): the parameters are sharded")
-        # Backward goes L, ..., 1: units above i are done. But i = 0 is the head, before them all: L is being prefetched
-        for flat in [flat for flat in self.flat_params if flat.unit > i > 0]:
-            flat.reshard()
-        self.before_unit(i)
+            raise Error(f"the parameters are sharded: {advice}")
 
     @contextmanager
     def whole(self):
-        """Inside this `with`, which all ranks enter, each can use the model alone: to generate, or to save it."""
+        """Inside this `with`, which all ranks enter, each can use the model alone: to generate, or to save it. Training
+        goes on from what rank 0 has then in the parameters, with m and v as they were; leaving sends them, Ψ elements.
+        Error if a parameter is another than before, or of another shape."""
+        nested = self.flat_params[0].keep_unsharded
         for flat in self.flat_params:
             flat.unshard()
             flat.wait()
             flat.keep_unsharded = True
+        shapes = {p: p.shape for p in self.model.parameters()}
         try:
             yield self.model
         finally:
+            if wrong := [name for name, p in self.model.named_parameters() if shapes.get(p) != p.shape]:
+                raise Error(f"inside whole() write into parameters, do not replace them (assign=True): {wrong[0]}")
             for flat in self.flat_params:
-                flat.keep_unsharded = False
+                flat.take_written()
+                flat.keep_unsharded = nested
                 flat.reshard()
+            for p in self.frozen:
+                broadcast(p.data)
 
     @torch.no_grad()
     def state_dict(self):
