@@ -847,8 +847,9 @@ def die():
 # ---------------------------------------------------------------------------------------------------------- processes
 
 
-def serve(sockets):
-    """Forks a worker for each socket: reads (job, arguments, settings, rank, world, store), answers (error, result)."""
+def serve(sockets, jobs):
+    """Forks a worker for each socket: reads (job, arguments, settings, rank, world, store), answers (error, result).
+    jobs: the functions by name."""
     faulthandler.enable()
     torch.set_num_threads(1)
     zero.BUCKET = 1000  # so that a block of the small model makes more than one flat
@@ -865,7 +866,7 @@ def serve(sockets):
         store = dist.FileStore(path, world)  # a worker that cannot join ends: its names for groups are out of step now
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
         try:
-            answer = None, globals()[name](*arguments, **settings)
+            answer = None, jobs[name](*arguments, **settings)
         except Exception:
             answer = f"rank {rank}: {traceback.format_exc()}", None
         if dist.is_initialized():
@@ -875,17 +876,17 @@ def serve(sockets):
 
 
 class Ranks:
-    """Four workers; `job(world, name, ...)` gives the result of each rank."""
+    """Four workers; `job(world, name, ...)` gives the result of each rank of a function in `file`."""
 
-    def __init__(self):
-        self.server, self.folder = None, tempfile.TemporaryDirectory()
+    def __init__(self, file):
+        self.file, self.server, self.folder = file, None, tempfile.TemporaryDirectory()
 
     def start(self):
         self.sockets, theirs = zip(*(socket.socketpair() for _ in range(4)))
         self.files = [own.makefile("rwb") for own in self.sockets]
         fds = [other.fileno() for other in theirs]
         self.server = subprocess.Popen(
-            [sys.executable, __file__, "serve", *map(str, fds)], pass_fds=fds, start_new_session=True,
+            [sys.executable, self.file, "serve", *map(str, fds)], pass_fds=fds, start_new_session=True,
             # The barrier: a rank that fails at once must not leave while another still connects to it
             env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DIST_INIT_BARRIER": "1"},
         )  # fmt: skip
@@ -928,7 +929,7 @@ class Ranks:
 
 @pytest.fixture(scope="module")
 def ranks():
-    pool = Ranks()
+    pool = Ranks(__file__)
     yield pool
     pool.stop()
     pool.folder.cleanup()
@@ -1489,4 +1490,4 @@ def test_demonstration():
 
 
 if __name__ == "__main__":
-    die() if sys.argv[1:] == ["die"] else serve(list(map(int, sys.argv[2:])))
+    die() if sys.argv[1:] == ["die"] else serve(list(map(int, sys.argv[2:])), globals())
