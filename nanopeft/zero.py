@@ -58,9 +58,9 @@ activations fill the memory (recompute them), if the model is small, or, in stag
 Pitfalls
 * Divide the loss by the labelled tokens of the step on all ranks (all_sum): a mean of ranks' means is another loss.
 * Clip with step(clip=1.0): the norm is over all ranks. clip_grad_norm_ would see one rank's part.
-* Call engine.backward(loss), not loss.backward(), and the same calls on all ranks, or one waits for the others forever.
-* Make the engine after adapters are added and parameters frozen. In stage 3 parameters have no elements outside forward
-  and backward of the model itself: save, merge and generate inside whole().
+* Make the same calls on all ranks, or one waits for the others forever.
+* Make the engine after adapters are added and parameters frozen. Load, save, merge and generate inside whole(): in
+  stage 3 parameters have no elements outside forward and backward, and the fp32 masters follow what is written there.
 * Stages 1, 2 and 3 give the same bits (with one micro-batch in a step); another N, or stage 0, sums in another order.
 
 Papers: ZeRO, arXiv 1910.02054, sections 5 and 7; ZeRO-Offload, 2101.06840; ZeRO-Infinity, 2104.07857; FSDP, 2304.11277.
@@ -116,10 +116,7 @@ class FlatParameter:
     shard (shard,): this rank's part of full; in stage 3 a tensor of its own.
     master (shard,): what the optimizer updates, in fp32; the shard itself if that is fp32 and stays on the device.
     grad (shard,): p.grad of each parameter → flatten_grads → bucket (N · shard,) → reduce_scatter → grad → step → None
-    States of the parameters in stage 3 (in the other stages they are always unsharded):
-        sharded     full has no memory, the parameters have no elements. unshard() starts the all-gather.
-        in flight   full is being filled. The parameters are still empty, so nobody can read them too early. wait()
-        unsharded   forward or backward of the unit uses the parameters. reshard() frees full.
+    In stage 3: sharded (full has no memory) → unshard() → in flight → wait() → unsharded → reshard() → sharded
     """
 
     def __init__(self, unit, group, names, stage, offload):
@@ -164,7 +161,7 @@ class FlatParameter:
             self.in_flight = all_gather(self.full, self.shard)
 
     def wait(self):
-        """Waits for the all-gather in flight; only then the parameters become readable."""
+        """Waits for the all-gather in flight. Until then the parameters are empty: nobody can read them too early."""
         if self.in_flight is not None:
             for work in self.in_flight:
                 work.wait()
@@ -318,8 +315,7 @@ class ZeRO:
     def before_unit(self, i):
         """Stage 3: unit i is about to compute, in forward or backward. Unshard it, prefetch the next, wait for it."""
         if self.in_backward:
-            # Backward goes L, ..., 1: units above i are done. But i = 0 is the head, before them all
-            for flat in [flat for flat in self.flat_params if flat.unit > i > 0]:
+            for flat in [flat for flat in self.flat_params if flat.unit > i > 0]:  # these are done
                 flat.reshard()
         else:
             self.unit_from[torch.autograd._get_sequence_nr()] = i
@@ -342,7 +338,7 @@ class ZeRO:
     def hook_graph(self, loss):
         """Stage 3: has a unit unsharded when backward enters the part of autograd's graph that the unit's forward made.
         The nodes' numbers tell which part that is, so it does not matter what a block returns, nor who changes it."""
-        numbers, seen, stack = [*self.unit_from], set(), [(loss.grad_fn, 0)]
+        numbers, seen, stack = [*self.unit_from], set(), [(loss.grad_fn, 0)] if loss.grad_fn else []
         while stack:
             node, above = stack.pop()
             i = self.unit_from[numbers[bisect(numbers, node._sequence_nr()) - 1]]
@@ -359,8 +355,7 @@ class ZeRO:
     @contextmanager
     def whole(self):
         """Inside this `with`, which all ranks enter, each can use the model alone: to generate, or to save it. Training
-        goes on from what rank 0 has then in the parameters, with m and v as they were; leaving sends them, Ψ elements.
-        Error if a parameter is another than before, or of another shape."""
+        goes on from what rank 0 leaves in the parameters (Ψ elements are sent), with m and v as they were."""
         nested = self.flat_params[0].keep_unsharded
         for flat in self.flat_params:
             flat.unshard()
@@ -376,8 +371,7 @@ class ZeRO:
                 flat.take_written()
                 flat.keep_unsharded = nested
                 flat.reshard()
-            for p in self.frozen:
-                broadcast(p.data)
+            [broadcast(p.data) for p in self.frozen]
 
     @torch.no_grad()
     def state_dict(self):
@@ -403,19 +397,18 @@ class ZeRO:
         shapes = {name: shape for flat in self.trained for name, shape in zip(flat.names, flat.shapes)}
         if wrong := [x for x in {**shapes, **found} if x not in found or found[x]["master"].shape != shapes.get(x)]:
             raise Error(f"the checkpoint is of another model, or trains other parameters: {wrong[0]} does not fit")
-        states = {}
-        for i, flat in enumerate(sorted(self.trained, key=lambda flat: flat.group)):  # the optimizer's order
-            state = states[i] = dict(found[flat.names[0]])
-            for key, x in state.items():
+        self.optimizer.state.clear()
+        for flat in self.trained:
+            state = {}
+            for key, x in found[flat.names[0]].items():
                 if torch.is_tensor(x):
-                    full = flat.flatten([found[name][key] for name in flat.names])
-                    state[key] = full.split(flat.size)[flat.rank].clone()
-                elif isinstance(x, float):  # torch's count of steps
-                    state[key] = torch.tensor(x)
+                    x = flat.flatten([found[name][key] for name in flat.names]).split(flat.size)[flat.rank].clone()
+                state[key] = torch.tensor(x) if isinstance(x, float) else x  # torch's count of steps
             flat.master.copy_(state.pop("master"))
             flat.all_gather_params()
-        settings = self.optimizer.state_dict()["param_groups"]  # its own loading puts each tensor where it belongs
-        self.optimizer.load_state_dict({"state": {i: x for i, x in states.items() if x}, "param_groups": settings})
+            if state:  # there was a step before
+                self.optimizer.state[flat.master] = state
+        self.optimizer.load_state_dict(self.optimizer.state_dict())  # puts each tensor where it belongs
         [flat.wait() for flat in self.trained]
 
 
@@ -505,19 +498,16 @@ def mapped(tensor):
 
 def demonstrate(rank, world, path):
     dist.init_process_group("gloo", f"file://{path}", timedelta(seconds=30), world, rank)
-    weights = []
     for stage in (0, 1, 2, 3):
         torch.manual_seed(0)
         model, x = torch.nn.Sequential(*(torch.nn.Linear(63, 63) for _ in range(5))), torch.randn(8, 63)
         engine = ZeRO(model, torch.optim.AdamW, blocks=model[1:4], stage=stage)  # the root: first and last layer
         for _ in range(5):
             engine.backward(model(x[rank::world]).square().sum() / len(x))
-            engine.step()
-        with engine.whole():
-            weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-        state, away = sum(2 * flat.master.numel() for flat in engine.trained), (weights[stage] - weights[0]).abs().max()
+            norm = engine.step()
+        state = sum(2 * flat.master.numel() for flat in engine.trained)
         if rank == 0:
-            print(f"    stage {stage}: {state} elements of m and v on each, {away:.0e} from stage 0 after 5 steps")
+            print(f"    stage {stage}: {state} elements of m and v on each; the gradient's norm in step 5: {norm:.5f}")
     dist.destroy_process_group()
 
 

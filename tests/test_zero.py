@@ -461,6 +461,25 @@ def interrupted(kind, first, second, dtype="float64", steps=3, path=None, load=F
         return trained(model), state
 
 
+def fresh(optimizer, stage):
+    """Parameters after a step: of a run, and of another that has stepped and loads the first one's start."""
+    rank, world, results = dist.get_rank(), dist.get_world_size(), []
+    cls, settings = OPTIMIZERS[optimizer]
+    first, second = (model_of("full", torch.bfloat16, seed) for seed in (0, 1))
+    one, other = (ZeRO(x, cls, groups_of(x), blocks=blocks_of(x), stage=stage, **settings) for x in (first, second))
+    micro_step(second, other, 1, 1, 4, rank, world)
+    other.step()
+    state = [one.state_dict()]
+    dist.broadcast_object_list(state)
+    other.load_state_dict(state[0])
+    for model, own in ((first, one), (second, other)):
+        micro_step(model, own, 0, 1, 4, rank, world)
+        own.step()
+        with own.whole():
+            results.append(trained(model))
+    return results
+
+
 def saved(kind, stage, folder):
     """The trained model or adapter in its own format, written by rank 0."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -1381,6 +1400,13 @@ def test_resume_is_exact(ranks, tmp_path, dtype, form):
     ranks.job(3, "interrupted", "full", form, form, dtype, path=path)
     for params, _ in ranks.job(3, "interrupted", "full", form, form, dtype, path=path, load=True):
         assert all(torch.equal(params[name], p) for name, p in whole.items())
+
+
+@pytest.mark.parametrize("optimizer, stage", [("AdamW", 0), pytest.param("torch AdamW", 3, marks=thorough)])
+def test_a_checkpoint_before_the_first_step(ranks, optimizer, stage):
+    """A state without moments loads over one that has some, and training gives the same bits."""
+    for one, other in ranks.job(2, "fresh", optimizer, stage):
+        assert all(torch.equal(other[name], p) for name, p in one.items())
 
 
 MOVES = [(3, (3, None), 2, (1, "disk")), (2, (2, "cpu"), 4, (3, None)), (4, (1, None), 1, (0, None))]
