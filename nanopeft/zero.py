@@ -58,9 +58,9 @@ activations fill the memory (recompute them), if the model is small, or, in stag
 Pitfalls
 * Divide the loss by the labelled tokens of the step on all ranks (all_sum): a mean of ranks' means is another loss.
 * Clip with step(clip=1.0): the norm is over all ranks. clip_grad_norm_ would see one rank's part.
-* Call engine.backward(loss), not loss.backward(), and the same calls on all ranks, or one waits for the others forever.
-* Make the engine after adapters are added and parameters frozen. In stage 3 parameters have no elements outside forward
-  and backward of the model itself: save, merge and generate inside whole().
+* Make the same calls on all ranks, or one waits for the others forever.
+* Make the engine after adapters are added and parameters frozen. Load, save, merge and generate inside whole(): in
+  stage 3 parameters have no elements outside forward and backward, and the fp32 masters follow what is written there.
 * Stages 1, 2 and 3 give the same bits (with one micro-batch in a step); another N, or stage 0, sums in another order.
 
 Papers: ZeRO, arXiv 1910.02054, sections 5 and 7; ZeRO-Offload, 2101.06840; ZeRO-Infinity, 2104.07857; FSDP, 2304.11277.
@@ -69,6 +69,7 @@ The whole family in one table: nanopeft/__init__.py
 
 import tempfile
 import weakref
+from bisect import bisect
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -115,10 +116,7 @@ class FlatParameter:
     shard (shard,): this rank's part of full; in stage 3 a tensor of its own.
     master (shard,): what the optimizer updates, in fp32; the shard itself if that is fp32 and stays on the device.
     grad (shard,): p.grad of each parameter → flatten_grads → bucket (N · shard,) → reduce_scatter → grad → step → None
-    States of the parameters in stage 3 (in the other stages they are always unsharded):
-        sharded     full has no memory, the parameters have no elements. unshard() starts the all-gather.
-        in flight   full is being filled. The parameters are still empty, so nobody can read them too early. wait()
-        unsharded   forward or backward of the unit uses the parameters. reshard() frees full.
+    In stage 3: sharded (full has no memory) → unshard() → in flight → wait() → unsharded → reshard() → sharded
     """
 
     def __init__(self, unit, group, names, stage, offload):
@@ -126,19 +124,16 @@ class FlatParameter:
         self.params, self.names, self.shapes = [*names], [*names.values()], [p.shape for p in names]
         self.world, self.rank = (1, 0) if stage == 0 else (dist.get_world_size(), dist.get_rank())
         self.size = -(-sum(p.numel() for p in self.params) // self.world)  # rounded up
-        self.full = self.flatten([p.detach() for p in self.params])
-        broadcast(self.full)
-        self.shard = self.full.split(self.size)[self.rank]  # (shard,)
+        self.full = self.params[0].detach().new_zeros(self.world * self.size)
+        part = self.full.split(self.size)[self.rank]
+        self.master = self.shard = part.clone() if stage == 3 else part  # (shard,)
         self.grad, self.is_unsharded, self.keep_unsharded = None, False, False
-        self.in_flight = []  # no messages to wait for: wait() only makes the parameters views of full
-        self.wait()
-        if stage == 3:
-            self.shard = self.shard.clone()
-            self.reshard()
         if group is not None:
             device, dtype = "cpu" if offload else self.full.device, torch.promote_types(self.full.dtype, torch.float32)
             master = self.shard.to(device, dtype, copy=bool(offload))
             self.master = torch.nn.Parameter(mapped(master) if offload == "disk" else master)
+        self.take_written()
+        self.reshard()
 
     def flatten(self, tensors):
         """Tensors of the parameters' shapes end to end, and zeros up to N · shard."""
@@ -166,13 +161,14 @@ class FlatParameter:
             self.in_flight = all_gather(self.full, self.shard)
 
     def wait(self):
-        """Waits for the all-gather in flight; only then the parameters become readable."""
+        """Waits for the all-gather in flight. Until then the parameters are empty: nobody can read them too early."""
         if self.in_flight is not None:
             for work in self.in_flight:
                 work.wait()
             self.in_flight, self.is_unsharded = None, True
             for p, view in zip(self.params, self.unflatten(self.full)):
                 p.data = view
+            self.marks = self.mark()
 
     def reshard(self):
         """Stage 3: frees all but the shard. A parameter without elements fails where it is used."""
@@ -184,11 +180,27 @@ class FlatParameter:
             self.full.untyped_storage().resize_(0)
 
     def all_gather_params(self):
-        """After the update: shard = master, rounded to 16 bits. Stages 1 and 2 start to send it to all ranks."""
+        """After the update: shard = master, rounded to 16 bits. Where full is in memory, starts to send it to all."""
         if self.master.data_ptr() != self.shard.data_ptr():  # in fp32 they are one
             self.shard.copy_(self.master)
-        if self.stage in (1, 2):
-            self.in_flight = all_gather(self.full, self.shard)
+        if self.is_unsharded:
+            self.in_flight = all_gather(self.full, self.shard) if self.stage > 0 else []
+
+    @torch.no_grad()
+    def take_written(self):
+        """What rank 0 has in the parameters is what training goes on from; what is not written keeps its master."""
+        self.full.copy_(self.flatten([p.data for p in self.params]))  # they are views of it, unless p.data = x
+        broadcast(self.full)
+        self.shard.copy_(self.full.split(self.size)[self.rank])
+        shard = self.shard.to(self.master.device)
+        self.master.copy_(torch.where(self.master.to(shard.dtype) == shard, self.master, shard))
+        self.in_flight = []  # no messages to wait for: wait() only makes the parameters views of full
+        self.wait()
+
+    def mark(self):
+        """Changes with each write to a parameter, except in place where that writes the master, too."""
+        is_copy = self.stage == 3 or self.master.data_ptr() != self.shard.data_ptr()
+        return [(p.data_ptr(), is_copy and p._version) for p in self.params]
 
 
 # ----------------------------------------------------------------------------------------------------------- engine
@@ -214,24 +226,31 @@ class ZeRO:
         groups = list(params) if params is not None else [p for p in model.parameters() if p.requires_grad]
         groups = groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
         self.flat_params = [FlatParameter(*part, stage, offload) for part in partition(model, blocks, groups, stage)]
-        for x in [*model.buffers(), *(p.data for p in model.parameters() if not p.requires_grad and stage < 3)]:
+        self.frozen = [p for p in model.parameters() if not p.requires_grad and stage < 3]
+        for x in [*model.buffers(), *self.frozen]:
             broadcast(x)
         self.units = [[flat for flat in self.flat_params if flat.unit == i] for i in range(len(blocks) + 1)]
         self.trained = [flat for flat in reversed(self.flat_params) if flat.group is not None]  # in order of backward
         masters = [[flat.master for flat in self.trained if flat.group == i] for i in range(len(groups))]
         self.optimizer = optimizer([{**group, "params": m} for group, m in zip(groups, masters)], **settings)
         self.queue, self.in_flight, self.in_backward = [], None, False
+        self.unit_from = {0: 0}  # {number of a node in autograd's graph: the unit that forward is in from there on}
         me = weakref.proxy(self)  # hooks must not keep the engine alive
         for p in [p for flat in self.trained for p in flat.params] if stage >= 2 else []:
             p.register_post_accumulate_grad_hook(lambda p: me.grad_ready())
         for i, module in enumerate([model, *blocks] if stage == 3 else []):
             module.register_forward_pre_hook(lambda *_, i=i: me.before_unit(i))
             module.register_forward_hook(lambda module, args, output, i=i: me.after_forward(i, output))
+        for module in model.modules() if stage == 3 else ():
+            for register in (module.register_state_dict_pre_hook, module.register_load_state_dict_pre_hook):
+                register(lambda *_: me.check_unsharded("save and load inside engine.whole(), on all ranks"))
 
     def backward(self, loss):
         """Backward of this rank's part of the loss. Parts are summed over ranks and over the calls before a step."""
         self.queue, self.in_backward = list(self.trained), True
-        self.before_unit(0)
+        if self.stage == 3:
+            self.before_unit(0)
+            self.hook_graph(loss)
         loss.backward()
         if self.stage >= 2:
             for flat in self.trained:  # a parameter was not used, or got a second gradient after its bucket had left
@@ -269,14 +288,13 @@ class ZeRO:
         clip: the largest norm. loss_scale: what the loss was multiplied by before backward, as fp16 needs it."""
         if not self.queue and self.trained[0].grad is None:
             raise Error("step() without gradients: call engine.backward(loss), not loss.backward(), before each step")
+        if any(flat.is_unsharded and flat.marks != flat.mark() for flat in self.trained):
+            raise Error("parameters were written since the last step: do that inside engine.whole(), then leave it")
         while self.queue:  # stages 0 and 1: once for all micro-batches
             self.reduce_scatter(self.queue.pop(0))
         self.wait_and_accumulate()
-        # ‖g‖² = Σ over ranks of ‖shard of g‖²: an inf or NaN on one rank is one on all ranks. In fp64, because torch's
-        # fp32 norm on a CPU is 2.7e-3 too low at 38.6M elements, and in pieces, because a whole fp64 copy takes memory
-        pieces = [piece for flat in self.trained for piece in flat.grad.split(1 << 18)]
-        square = torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]).square().sum()
-        if self.stage > 0:
+        square = squared_norm([flat.grad for flat in self.trained])
+        if self.stage > 0:  # ‖g‖² = Σ over ranks of ‖shard of g‖²: an inf or NaN on one rank is one on all ranks
             dist.all_reduce(square)
         norm = square.sqrt().item() / loss_scale
         factor = (1.0 if clip is None else min(1.0, clip / (norm + 1e-6))) / loss_scale
@@ -291,10 +309,16 @@ class ZeRO:
         for flat in self.trained:
             flat.wait()
             flat.grad = None
+        self.unit_from = {0: 0}
         return norm
 
     def before_unit(self, i):
         """Stage 3: unit i is about to compute, in forward or backward. Unshard it, prefetch the next, wait for it."""
+        if self.in_backward:
+            for flat in [flat for flat in self.flat_params if flat.unit > i > 0]:  # these are done
+                flat.reshard()
+        else:
+            self.unit_from[torch.autograd._get_sequence_nr()] = i
         # Forward goes 0, 1, ..., L. Backward begins with the head, so it goes 0, L, ..., 1
         following = (i - 1 if self.in_backward else i + 1) % len(self.units)
         for flat in self.units[i] + self.units[following]:  # unit i itself has mostly been prefetched
@@ -303,35 +327,51 @@ class ZeRO:
             flat.wait()
 
     def after_forward(self, i, output):
-        """Frees unit i, and has it unsharded again when backward brings the gradient of its output."""
-        if not self.in_backward:  # there, a forward recomputes activations, and backward of the unit follows
+        """Frees unit i, unless this forward recomputes activations in backward: then backward of the unit follows."""
+        if not self.in_backward:
+            self.unit_from[torch.autograd._get_sequence_nr()] = 0
             for flat in self.units[i] if i > 0 else self.flat_params:
                 flat.reshard()
-        for x in output if isinstance(output, (tuple, list)) else [output]:
-            if isinstance(x, torch.Tensor) and x.requires_grad:
-                x.register_hook(lambda grad: self.before_backward(i))
+        if isinstance(output, torch.Tensor) and output.requires_grad:
+            output.register_hook(lambda grad: self.check_unsharded("call engine.backward(loss), not loss.backward()"))
 
-    def before_backward(self, i):
+    def hook_graph(self, loss):
+        """Stage 3: has a unit unsharded when backward enters the part of autograd's graph that the unit's forward made.
+        The nodes' numbers tell which part that is, so it does not matter what a block returns, nor who changes it."""
+        numbers, seen, stack = [*self.unit_from], set(), [(loss.grad_fn, 0)] if loss.grad_fn else []
+        while stack:
+            node, above = stack.pop()
+            i = self.unit_from[numbers[bisect(numbers, node._sequence_nr()) - 1]]
+            if i not in (0, above):
+                node.register_prehook(lambda _, i=i: self.before_unit(i))
+            if node not in seen:
+                seen.add(node)
+                stack += [(following, i) for following, _ in node.next_functions if following]
+
+    def check_unsharded(self, advice):
         if not (self.in_backward or all(flat.is_unsharded for flat in self.flat_params)):
-            raise Error("call engine.backward(loss), not loss.backward(): the parameters are sharded")
-        # Backward goes L, ..., 1: units above i are done. But i = 0 is the head, before them all: L is being prefetched
-        for flat in [flat for flat in self.flat_params if flat.unit > i > 0]:
-            flat.reshard()
-        self.before_unit(i)
+            raise Error(f"the parameters are sharded: {advice}")
 
     @contextmanager
     def whole(self):
-        """Inside this `with`, which all ranks enter, each can use the model alone: to generate, or to save it."""
+        """Inside this `with`, which all ranks enter, each can use the model alone: to generate, or to save it. Training
+        goes on from what rank 0 leaves in the parameters (Ψ elements are sent), with m and v as they were."""
+        nested = self.flat_params[0].keep_unsharded
         for flat in self.flat_params:
             flat.unshard()
             flat.wait()
             flat.keep_unsharded = True
+        shapes = {p: p.shape for p in self.model.parameters()}
         try:
             yield self.model
         finally:
+            if wrong := [name for name, p in self.model.named_parameters() if shapes.get(p) != p.shape]:
+                raise Error(f"inside whole() write into parameters, do not replace them (assign=True): {wrong[0]}")
             for flat in self.flat_params:
-                flat.keep_unsharded = False
+                flat.take_written()
+                flat.keep_unsharded = nested
                 flat.reshard()
+            [broadcast(p.data) for p in self.frozen]
 
     @torch.no_grad()
     def state_dict(self):
@@ -357,19 +397,18 @@ class ZeRO:
         shapes = {name: shape for flat in self.trained for name, shape in zip(flat.names, flat.shapes)}
         if wrong := [x for x in {**shapes, **found} if x not in found or found[x]["master"].shape != shapes.get(x)]:
             raise Error(f"the checkpoint is of another model, or trains other parameters: {wrong[0]} does not fit")
-        states = {}
-        for i, flat in enumerate(sorted(self.trained, key=lambda flat: flat.group)):  # the optimizer's order
-            state = states[i] = dict(found[flat.names[0]])
-            for key, x in state.items():
+        self.optimizer.state.clear()
+        for flat in self.trained:
+            state = {}
+            for key, x in found[flat.names[0]].items():
                 if torch.is_tensor(x):
-                    full = flat.flatten([found[name][key] for name in flat.names])
-                    state[key] = full.split(flat.size)[flat.rank].clone()
-                elif isinstance(x, float):  # torch's count of steps
-                    state[key] = torch.tensor(x)
+                    x = flat.flatten([found[name][key] for name in flat.names]).split(flat.size)[flat.rank].clone()
+                state[key] = torch.tensor(x) if isinstance(x, float) else x  # torch's count of steps
             flat.master.copy_(state.pop("master"))
             flat.all_gather_params()
-        settings = self.optimizer.state_dict()["param_groups"]  # its own loading puts each tensor where it belongs
-        self.optimizer.load_state_dict({"state": {i: x for i, x in states.items() if x}, "param_groups": settings})
+            if state:  # there was a step before
+                self.optimizer.state[flat.master] = state
+        self.optimizer.load_state_dict(self.optimizer.state_dict())  # puts each tensor where it belongs
         [flat.wait() for flat in self.trained]
 
 
@@ -427,6 +466,12 @@ def all_gather(full, shard):
     return [dist.isend(shard, peer) for peer, _ in others] + [dist.irecv(part, peer) for peer, part in others]
 
 
+def squared_norm(gradients):
+    """Σ g² of all of them, in fp64: torch's fp32 norm on a CPU is 2.7e-3 too low at 38.6M elements."""
+    pieces = [piece for grad in gradients for piece in grad.flatten().split(1 << 18)]  # no fp64 copy of the whole
+    return torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]).square().sum()
+
+
 def all_sum(number, device="cpu"):
     """The sum of a number over all ranks: of labelled tokens, say."""
     total = torch.tensor(number, dtype=torch.float64, device=device)
@@ -453,19 +498,16 @@ def mapped(tensor):
 
 def demonstrate(rank, world, path):
     dist.init_process_group("gloo", f"file://{path}", timedelta(seconds=30), world, rank)
-    weights = []
     for stage in (0, 1, 2, 3):
         torch.manual_seed(0)
         model, x = torch.nn.Sequential(*(torch.nn.Linear(63, 63) for _ in range(5))), torch.randn(8, 63)
         engine = ZeRO(model, torch.optim.AdamW, blocks=model[1:4], stage=stage)  # the root: first and last layer
         for _ in range(5):
             engine.backward(model(x[rank::world]).square().sum() / len(x))
-            engine.step()
-        with engine.whole():
-            weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-        state, away = sum(2 * flat.master.numel() for flat in engine.trained), (weights[stage] - weights[0]).abs().max()
+            norm = engine.step()
+        state = sum(2 * flat.master.numel() for flat in engine.trained)
         if rank == 0:
-            print(f"    stage {stage}: {state} elements of m and v on each, {away:.0e} from stage 0 after 5 steps")
+            print(f"    stage {stage}: {state} elements of m and v on each; the gradient's norm in step 5: {norm:.5f}")
     dist.destroy_process_group()
 
 

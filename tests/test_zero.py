@@ -7,6 +7,7 @@ ranks leaves the others idle. Every wait has an end: a job that hangs fails its 
 
 import contextlib
 import ctypes
+import dataclasses
 import faulthandler
 import gc
 import math
@@ -37,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from nanopeft import gpt, lora, zero
 from nanopeft.adamw import AdamW
+from nanopeft.trainer import engine
 from nanopeft.trainer.checkpoint import load_gpt, save_gpt
 from nanopeft.zero import Error, ZeRO, zero_bytes, zero_traffic
 
@@ -354,7 +356,7 @@ def blocks_held():
 
     def look_again(module, args, output):
         if output.requires_grad:
-            output.register_hook(look)
+            output.grad_fn.register_hook(look)  # when the last operation of the block has had its backward
 
     for block in model.transformer.h:
         block.register_forward_pre_hook(look)
@@ -457,6 +459,25 @@ def interrupted(kind, first, second, dtype="float64", steps=3, path=None, load=F
         torch.save(state, path)
     with engine.whole():
         return trained(model), state
+
+
+def fresh(optimizer, stage):
+    """Parameters after a step: of a run, and of another that has stepped and loads the first one's start."""
+    rank, world, results = dist.get_rank(), dist.get_world_size(), []
+    cls, settings = OPTIMIZERS[optimizer]
+    first, second = (model_of("full", torch.bfloat16, seed) for seed in (0, 1))
+    one, other = (ZeRO(x, cls, groups_of(x), blocks=blocks_of(x), stage=stage, **settings) for x in (first, second))
+    micro_step(second, other, 1, 1, 4, rank, world)
+    other.step()
+    state = [one.state_dict()]
+    dist.broadcast_object_list(state)
+    other.load_state_dict(state[0])
+    for model, own in ((first, one), (second, other)):
+        micro_step(model, own, 0, 1, 4, rank, world)
+        own.step()
+        with own.whole():
+            results.append(trained(model))
+    return results
 
 
 def saved(kind, stage, folder):
@@ -604,6 +625,210 @@ def long_norm(n, dtype):
     return engine.step(), sum(piece.double().square().sum() for piece in grad.split(1 << 20)).sqrt().item()
 
 
+@torch.no_grad()
+def write(model, how):
+    """Writes drawn numbers into the parameters in one of the ways in which people do it."""
+    generator = torch.Generator().manual_seed(5)
+    new = {name: torch.randn(p.shape, generator=generator).to(p) * 0.1 for name, p in model.named_parameters()}
+    if how == "load_state_dict":
+        model.load_state_dict(new, strict=False)  # without the tied head
+    if how == "to and back":  # the numbers lie in other memory in between
+        model.load_state_dict(new, strict=False)
+        model.double()
+    for name, p in model.named_parameters():
+        if how == "copy_":
+            p.copy_(new[name])
+        if how == "one element" and "h.1" in name:
+            p.view(-1)[1] = new[name].view(-1)[1]
+        if how == ".data =":
+            p.data = new[name]
+        if how == "transposed" and p.dim() == 2 and p.shape[0] == p.shape[1]:
+            p.data = p.data.t()
+    if how == "merge_lora":
+        lora.merge_lora(model)
+
+
+def written(kind, stage, how, *, dtype="float64", offload=None, writers=(0, 1, 2, 3), steps=2):
+    """Parameters after two steps, a write, and more steps; the optimizer's state before and after the write."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = model_of(kind, getattr(torch, dtype))
+    cls, settings = OPTIMIZERS["AdamW"]
+    own = ZeRO(model, cls, groups_of(model), blocks=blocks_of(model), stage=stage, offload=offload, **settings)
+    for step in range(2):
+        micro_step(model, own, step, 1, 4, rank, world)
+        own.step()
+    before = own.state_dict()
+    with own.whole():
+        old = trained(model)
+        if rank in writers:
+            write(model, how)
+    after = own.state_dict()
+    with own.whole():
+        new, dtypes = trained(model), {p.dtype for p in model.parameters()}
+    for step in range(2, 2 + steps):
+        micro_step(model, own, step, 1, 4, rank, world)
+        own.step()
+    with own.whole():
+        return old, new, dtypes, before, after, trained(model)
+
+
+def written_alone(kind, how):
+    model = model_of(kind)
+    cls, settings = OPTIMIZERS["AdamW"]
+    single = cls(groups_of(model), **settings)
+    for step in range(4):
+        ids, labels = batches_of(step, 1)[0]
+        model(ids, labels=labels).loss.backward()
+        single.step()
+        single.zero_grad()
+        if step == 1:
+            write(model, how)
+            model.to(torch.float64)
+    return trained(model)
+
+
+def misused(what, stage, dtype="float32"):
+    """What people do with parameters that whole() or the next step must refuse; the error of each rank."""
+    model = model_of("full", getattr(torch, dtype))
+    own = ZeRO(model, AdamW, blocks=blocks_of(model), stage=stage, lr=0.01)
+    new = {name: torch.ones(shape, dtype=p.dtype) for (name, p), shape in
+           zip(model.named_parameters(), [p.shape for p in model_of("full").parameters()])}  # fmt: skip
+    new |= {"lm_head.weight": new["transformer.wte.weight"]}
+    micro_step(model, own, 0, 1, 4, dist.get_rank(), dist.get_world_size())
+    try:
+        if what == "load outside":
+            model.load_state_dict(new)
+        if what == ".data outside":
+            model.transformer.ln_f.bias.data = torch.ones_like(model.transformer.ln_f.bias)
+        if what == "save outside":
+            model.transformer.state_dict()
+        with own.whole() if "outside" not in what else contextlib.nullcontext():
+            if what == "assign":
+                model.load_state_dict(new, assign=True)
+            if what == "untie":
+                model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+            if what == "shape":
+                model.transformer.ln_f.bias.data = torch.ones(1)
+        own.step()
+    except Error as error:
+        return str(error)
+
+
+def nested():
+    """Stage 3: parameters after a step inside whole() inside whole(), and after one outside; then one more step."""
+    rank, world, results = dist.get_rank(), dist.get_world_size(), []
+    for inside in (False, True):
+        model = model_of("full", torch.bfloat16)
+        own = ZeRO(model, AdamW, blocks=blocks_of(model), stage=3, lr=0.01)
+        for step in range(2):
+            with own.whole() if inside else contextlib.nullcontext():
+                with own.whole() if inside else contextlib.nullcontext():
+                    with torch.inference_mode():
+                        model(batches_of(0, 1)[0][0])
+                micro_step(model, own, step, 1, 4, rank, world)
+                own.step()
+        with own.whole():
+            results.append(trained(model))
+    return results
+
+
+@dataclasses.dataclass
+class Answer:
+    hidden: torch.Tensor
+
+
+class Returns(nn.Module):
+    """A block that gives its result back as people's blocks do."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.linear, self.how = nn.Linear(6, 6), how
+
+    def forward(self, x, notes):
+        x = self.linear(torch.tanh(x))
+        if self.how == "view":
+            return x.view(-1, 2, 3)
+        if self.how == "None":
+            notes["x"] = x
+            return None
+        if self.how == "in place":
+            notes["in place"].add_(x)
+            return None
+        if self.how == "checkpoint inside":  # only a part of the block, whose parameter no module reads
+            return checkpoint(lambda y: nn.functional.linear(y, self.linear.weight).sin(), x, use_reentrant=False)
+        if self.how == "checkpoint inside, reentrant":
+            return checkpoint(lambda y: nn.functional.linear(y, self.linear.weight).sin(), x, use_reentrant=True)
+        return {"dict": {"x": x}, "list": [x], "dataclass": Answer(x), "nested": [{"x": (None, x)}]}[self.how]
+
+
+class Chain(nn.Module):
+    """Blocks whose results are taken apart, and changed in place where they can be."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.blocks, self.how = nn.ModuleList(Returns(how) for _ in range(3)), how
+        self.head = nn.Linear(6, 1)
+
+    def forward(self, x):
+        for block in self.blocks:
+            notes = {"in place": x.clone()}
+            y = block(x, notes)
+            if self.how == "view":
+                y += 1  # a residual
+                y = y.view(-1, 6)
+            if self.how in ("None", "in place"):
+                y = notes["x" if self.how == "None" else "in place"]
+            while not isinstance(y, torch.Tensor):
+                y = y.hidden if isinstance(y, Answer) else y["x"] if isinstance(y, dict) else y[-1]
+            x = y
+        return self.head(x).square()
+
+
+def chained(how, stage):
+    torch.manual_seed(0)
+    model, x = Chain(how).double(), torch.linspace(-1, 2, 24, dtype=torch.float64).view(4, 6)
+    if stage is None:
+        single = torch.optim.SGD(model.parameters(), lr=0.5)
+        for _ in range(3):
+            model(x).sum().div(24).backward()
+            single.step()
+            single.zero_grad()
+        return trained(model)
+    own = ZeRO(model, torch.optim.SGD, blocks=model.blocks, stage=stage, lr=0.5)
+    for _ in range(3):
+        model(x)  # a loss that is looked at
+        own.backward(model(x[dist.get_rank() :: dist.get_world_size()]).sum() / 24)
+        own.step()
+    with own.whole():
+        return trained(model)
+
+
+class Long(nn.Module):
+    """One long parameter, whose gradient is what it is multiplied with."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(n))
+
+    def forward(self, grad):
+        return (self.weight * grad).sum()
+
+
+def long_norm_of(kind, n):
+    """The trainer's own engines: the norm of a drawn gradient of n elements, what it is in fp64, and what SGD with a
+    norm clipped to 1 moves by."""
+    model, grad = Long(n), torch.randn(n, generator=torch.Generator().manual_seed(0))
+    params = {"weight": model.weight}
+    if kind == "OneProcess":
+        own = engine.OneProcess(model, params, AdamW(params.values(), lr=0.01))
+    else:
+        own = engine.FSDP(model, [], torch.float32, 0.0, None, lr=0.01, betas=(0.9, 0.999))
+    own.backward(model(grad) / dist.get_world_size())
+    norm = own.step(1.0, 1.0)
+    m = own.state_dict()["weight"]["m"].flatten()  # 0.1 · clipped gradient
+    return norm, sum(x.double().square().sum() for x in grad.split(1 << 20)).sqrt().item(), grad, m
+
+
 def by_habit(stage):
     """The errors of what works without an engine."""
     model, x, errors = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.ones(1, 4), []
@@ -641,8 +866,9 @@ def die():
 # ---------------------------------------------------------------------------------------------------------- processes
 
 
-def serve(sockets):
-    """Forks a worker for each socket: reads (job, arguments, settings, rank, world, store), answers (error, result)."""
+def serve(sockets, jobs):
+    """Forks a worker for each socket: reads (job, arguments, settings, rank, world, store), answers (error, result).
+    jobs: the functions by name."""
     faulthandler.enable()
     torch.set_num_threads(1)
     zero.BUCKET = 1000  # so that a block of the small model makes more than one flat
@@ -659,7 +885,7 @@ def serve(sockets):
         store = dist.FileStore(path, world)  # a worker that cannot join ends: its names for groups are out of step now
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
         try:
-            answer = None, globals()[name](*arguments, **settings)
+            answer = None, jobs[name](*arguments, **settings)
         except Exception:
             answer = f"rank {rank}: {traceback.format_exc()}", None
         if dist.is_initialized():
@@ -669,17 +895,17 @@ def serve(sockets):
 
 
 class Ranks:
-    """Four workers; `job(world, name, ...)` gives the result of each rank."""
+    """Four workers; `job(world, name, ...)` gives the result of each rank of a function in `file`."""
 
-    def __init__(self):
-        self.server, self.folder = None, tempfile.TemporaryDirectory()
+    def __init__(self, file):
+        self.file, self.server, self.folder = file, None, tempfile.TemporaryDirectory()
 
     def start(self):
         self.sockets, theirs = zip(*(socket.socketpair() for _ in range(4)))
         self.files = [own.makefile("rwb") for own in self.sockets]
         fds = [other.fileno() for other in theirs]
         self.server = subprocess.Popen(
-            [sys.executable, __file__, "serve", *map(str, fds)], pass_fds=fds, start_new_session=True,
+            [sys.executable, self.file, "serve", *map(str, fds)], pass_fds=fds, start_new_session=True,
             # The barrier: a rank that fails at once must not leave while another still connects to it
             env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DIST_INIT_BARRIER": "1"},
         )  # fmt: skip
@@ -722,7 +948,7 @@ class Ranks:
 
 @pytest.fixture(scope="module")
 def ranks():
-    pool = Ranks()
+    pool = Ranks(__file__)
     yield pool
     pool.stop()
     pool.folder.cleanup()
@@ -894,6 +1120,112 @@ def test_two_visits_in_one_backward(ranks, stage):
     assert ranks.job(2, "visits", stage) == [[2.0, 4.0, 6.0]] * 2
 
 
+WAYS = ("load_state_dict", "copy_", ".data =", "one element", "transposed", "to and back")
+WRITES = [(3, "load_state_dict", "disk"), (2, ".data =", None), (0, "load_state_dict", None)]
+MORE = [(stage, how, offload) for stage in STAGES for how in WAYS for offload in (None, "cpu")]
+
+
+@pytest.mark.parametrize("stage, how, offload", [
+    *WRITES, *(pytest.param(*x, marks=thorough) for x in MORE if x not in WRITES)
+], ids=str)  # fmt: skip
+def test_training_goes_on_from_what_was_written(ranks, stage, how, offload):
+    """What is written under whole() is what training goes on from, as in one process, however it is written."""
+    expected = written_alone("full", how)
+    for _, _, dtypes, _, _, last in ranks.job(3, "written", "full", stage, how, offload=offload):
+        assert largest(last, expected) < 1e-12 and dtypes == {torch.float64}
+
+
+@pytest.mark.parametrize("stage", [3, 1, *(pytest.param(stage, marks=thorough) for stage in (0, 2))])
+def test_rank_0_writes_for_all(ranks, stage):
+    """Where one rank alone writes, rank 0's values are taken on all, and those of another rank are not."""
+    expected = written_alone("full", "copy_")
+    for _, _, _, _, _, last in ranks.job(2, "written", "full", stage, "copy_", writers=(0,)):
+        assert largest(last, expected) < 1e-12
+    for old, new, *_ in ranks.job(2, "written", "full", stage, "copy_", writers=(1,)):
+        assert all(torch.equal(new[name], p) for name, p in old.items())
+
+
+@pytest.mark.parametrize("stage", [3, 0, *(pytest.param(stage, marks=thorough) for stage in (1, 2))])
+def test_merged_stays_merged(ranks, stage):
+    """A LoRA merged under whole() is merged after it as well, in weights that are frozen, and trains no further."""
+    for old, new, *_ in ranks.job(2, "written", "lora", stage, "merge_lora", steps=0):
+        model = model_of("lora")
+        model.load_state_dict(old, strict=False)
+        lora.merge_lora(model)
+        assert largest(new, trained(model)) < 1e-15
+        assert largest(new, old) > 0.01
+
+
+SIXTEEN = [(3, "bfloat16", None), (1, "float16", "cpu")]
+ALL_16 = [(s, d, o) for s in STAGES for d in ("bfloat16", "float16") for o in (None, "cpu", "disk")]
+
+
+@pytest.mark.parametrize("stage, dtype, offload", [
+    *SIXTEEN, *(pytest.param(*x, marks=thorough) for x in ALL_16 if x not in SIXTEEN)
+], ids=str)  # fmt: skip
+def test_masters_follow(ranks, stage, dtype, offload):
+    """In 16 bits the fp32 master of an element that was written is its value, the others keep every bit, and so do the
+    optimizer's moments."""
+    for how in ("nothing", "one element", "load_state_dict"):
+        for old, new, _, before, after, _ in ranks.job(2, "written", "full", stage, how, dtype=dtype, offload=offload):
+            assert (how == "nothing") == all(torch.equal(new[name], p) for name, p in old.items())
+            for name, state in after.items():
+                changed = new[name] != old[name]
+                assert torch.equal(state["master"][changed], new[name][changed].float())
+                assert torch.equal(state["master"][~changed], before[name]["master"][~changed])
+                assert all(torch.equal(state[key], before[name][key]) for key in ("m", "v"))
+                assert how != "nothing" or not torch.equal(state["master"], new[name].float())  # they do hold more
+
+
+REPLACED = "inside whole() write into parameters, do not replace them (assign=True): "
+WRITTEN = "parameters were written since the last step: do that inside engine.whole(), then leave it"
+SHARDED = "the parameters are sharded: save and load inside engine.whole(), on all ranks"
+MISUSES = [
+    ("assign", 3, "float32", REPLACED + "transformer.wte.weight"),
+    ("untie", 0, "float32", REPLACED + "lm_head.weight"),
+    ("shape", 1, "float32", REPLACED + "transformer.ln_f.bias"),
+    ("load outside", 2, "bfloat16", WRITTEN),
+    (".data outside", 0, "float32", WRITTEN),
+    ("load outside", 3, "float32", SHARDED),
+    ("save outside", 3, "float32", SHARDED),
+]
+
+
+@pytest.mark.parametrize("what, stage, dtype, message", [
+    *MISUSES, pytest.param("assign", 0, "bfloat16", MISUSES[0][3], marks=thorough),
+    pytest.param("load outside", 0, "bfloat16", WRITTEN, marks=thorough),
+], ids=str)  # fmt: skip
+def test_refuses_writes_that_would_be_lost(ranks, what, stage, dtype, message):
+    """Parameters that are replaced, and values written or saved where the engine cannot follow, are one clear line."""
+    for error in ranks.job(2, "misused", what, stage, dtype):
+        assert error and error.startswith(message) and "\n" not in error
+
+
+@pytest.mark.parametrize("what, stage", [("load outside", 1), ("save outside", 2)])
+def test_writes_in_fp32_outside_whole(ranks, what, stage):
+    """In stages 0 to 2 fp32 parameters are their own masters: to load and to save them needs no whole()."""
+    assert ranks.job(2, "misused", what, stage) == [None] * 2
+
+
+def test_a_step_inside_whole(ranks):
+    """A step inside whole(), and whole() inside whole(), change no bit of what training computes."""
+    for outside, inside in ranks.job(2, "nested"):
+        assert all(torch.equal(inside[name], p) for name, p in outside.items())
+
+
+OUTPUTS = ("view", "dict", "list", "dataclass", "nested", "None", "in place", "checkpoint inside",
+           "checkpoint inside, reentrant")  # fmt: skip
+
+
+@pytest.mark.parametrize("how", OUTPUTS)
+def test_whatever_a_block_returns(ranks, how):
+    """Stage 3 equals one process where a block's output is a view that is changed in place, a container, an object, or
+    None, and where a part of a block is recomputed in backward."""
+    expected = chained(how, None)
+    for params in ranks.job(2, "chained", how, 3):
+        assert largest(params, expected) < 1e-12
+
+
 @pytest.mark.parametrize("users", [(), (0,)], ids=str)
 def test_parameters_without_a_gradient(ranks, users):
     """What no rank uses stays, what one rank uses learns, and each stage equals stage 0, on every rank."""
@@ -919,6 +1251,14 @@ def test_norm_of_a_long_gradient(ranks, n, dtype):
     """The norm is within 1e-6 of fp64 at any length and dtype; one sum in fp32 may err by 1e-4 at 4M elements."""
     norm, exact = ranks.job(1, "long_norm", n, dtype)[0]
     assert norm == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind, world", [("OneProcess", 1), ("FSDP", 2)])
+def test_norm_of_the_trainers_engines(ranks, kind, world):
+    """Without ZeRO, and with FSDP, the norm is within 1e-6 of fp64, and the gradient is divided by it to clip it."""
+    for norm, exact, grad, m in ranks.job(world, "long_norm_of", kind, 4_000_000):
+        assert norm == pytest.approx(exact, rel=1e-6)
+        torch.testing.assert_close(m, 0.1 * grad / exact, rtol=2e-6, atol=0)  # 1e-6 of it, and fp32's roundings
 
 
 # ----------------------------------------------------------------------------------------------------- bytes, traffic
@@ -1062,6 +1402,13 @@ def test_resume_is_exact(ranks, tmp_path, dtype, form):
         assert all(torch.equal(params[name], p) for name, p in whole.items())
 
 
+@pytest.mark.parametrize("optimizer, stage", [("AdamW", 0), pytest.param("torch AdamW", 3, marks=thorough)])
+def test_a_checkpoint_before_the_first_step(ranks, optimizer, stage):
+    """A state without moments loads over one that has some, and training gives the same bits."""
+    for one, other in ranks.job(2, "fresh", optimizer, stage):
+        assert all(torch.equal(other[name], p) for name, p in one.items())
+
+
 MOVES = [(3, (3, None), 2, (1, "disk")), (2, (2, "cpu"), 4, (3, None)), (4, (1, None), 1, (0, None))]
 
 
@@ -1169,4 +1516,4 @@ def test_demonstration():
 
 
 if __name__ == "__main__":
-    die() if sys.argv[1:] == ["die"] else serve(list(map(int, sys.argv[2:])))
+    die() if sys.argv[1:] == ["die"] else serve(list(map(int, sys.argv[2:])), globals())

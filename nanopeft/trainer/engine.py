@@ -90,8 +90,7 @@ class OneProcess:
 
     def step(self, clip, loss_scale):
         gradients = [p.grad for p in self.params.values() if p.grad is not None]
-        norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
-        norm = norms.norm().item() / loss_scale
+        norm = zero.squared_norm(gradients).sqrt().item() / loss_scale
         if math.isfinite(norm):
             self.optimizer.step(grad_scale=min(1.0, clip / (norm + 1e-6)) / loss_scale)
         self.optimizer.zero_grad()
@@ -128,8 +127,12 @@ class FSDP:
         (loss * dist.get_world_size()).backward()  # it takes the mean over ranks, and these are parts of a sum
 
     def step(self, clip, loss_scale):
-        norm = torch.nn.utils.clip_grad_norm_(self.params.values(), clip).full_tensor().item()
+        shards = [p.grad.to_local() for p in self.params.values() if p.grad is not None]
+        square = zero.squared_norm(shards)
+        dist.all_reduce(square)
+        norm = square.sqrt().item()
         if math.isfinite(norm):
+            torch._foreach_mul_(shards, min(1.0, clip / (norm + 1e-6)))
             self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
