@@ -192,8 +192,9 @@ def merge_lora(model):
     for name, layer in lora_layers(model).items():
         if not layer.enabled:
             raise Error("inside lora_disabled the model is the base: merge outside of it")
-        # 8 bits or fewer; bitsandbytes may keep its 4 bits in a tensor of a wider type
-        if layer.weight.element_size() < 2 or hasattr(layer.weight, "quant_state"):
+        # 8 bits or fewer. bitsandbytes may keep its 4 bits in a wider type, and qlora.py's layer shows floats
+        weight, base = layer.weight, layer.base_layer
+        if weight.element_size() < 2 or hasattr(weight, "quant_state") or hasattr(base, "dequantize"):
             raise Error(f"{name} has a quantized weight: merge into a 16- or 32-bit copy of the model")
         if uses[id(layer.weight)] != 1:
             raise Error(f"{name} shares its weight with another layer, or computes it: a merge needs one of its own")

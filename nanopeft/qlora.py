@@ -81,7 +81,10 @@ class DequantizeLinear(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Linear):
-    """An nn.Linear, or a Hugging Face Conv1D, with its weight quantized. `weight` holds the stored bytes."""
+    """An nn.Linear, or a Hugging Face Conv1D, with its weight quantized: q holds the stored bytes."""
+
+    # For a model that reads it, as T5 reads its dtype: Ŵ, computed at each read
+    weight = property(lambda self: self.original_weight(self.original_dtype))
 
     def __init__(self, layer, quant_type, double_quant):
         nn.Module.__init__(self)  # nn.Linear's own would make a weight
@@ -90,7 +93,7 @@ class QuantizedLinear(nn.Linear):
         self.quant_type, self.double_quant, self.original_dtype = quant_type, double_quant, weight.dtype
         self.bias = layer.bias
         stored, scale = quant.quantize_int8(weight) if quant_type == "int8" else quant.quantize_nf4(weight)
-        self.register_buffer("weight", stored)
+        self.register_buffer("q", stored)
         if quant_type == "nf4" and double_quant:
             scale, scale2, mean = quant.quantize_scales(scale)
             self.register_buffer("scale2", scale2)
@@ -103,9 +106,14 @@ class QuantizedLinear(nn.Linear):
     def dequantize(self, dtype):
         """Ŵ (out, in)."""
         if self.quant_type == "int8":
-            return quant.dequantize_int8(self.weight, self.scale, dtype=dtype)
+            return quant.dequantize_int8(self.q, self.scale, dtype=dtype)
         scale = quant.dequantize_scales(self.scale, self.scale2, self.mean) if self.double_quant else self.scale
-        return quant.dequantize_nf4(self.weight, scale, (self.out_features, self.in_features), dtype=dtype)
+        return quant.dequantize_nf4(self.q, scale, (self.out_features, self.in_features), dtype=dtype)
+
+    def original_weight(self, dtype):
+        """Ŵ as the original layer had W: (out, in), or a Conv1D's (in, out)."""
+        W = self.dequantize(dtype)
+        return W if isinstance(self.original_layer, nn.Linear) else W.t().contiguous()
 
     def forward(self, x):
         return DequantizeLinear.apply(x, self.bias, self)
@@ -139,9 +147,8 @@ def merge_qlora(model, dtype=None):
     If lora.merge_lora refuses (LoRA on a tied head, or inside lora_disabled), all is dequantized and nothing merged.
     """
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]:
-        weight, original = layer.dequantize(dtype or layer.original_dtype), layer.original_layer
-        weight = weight if isinstance(original, nn.Linear) else weight.t().contiguous()
-        original.weight = nn.Parameter(weight, requires_grad=False)
+        original, weight = layer.original_layer, layer.original_weight(dtype or layer.original_dtype)
+        original.weight, original.bias = nn.Parameter(weight, requires_grad=False), layer.bias
         lora.replace(model, name, original)
     return lora.merge_lora(model)
 
