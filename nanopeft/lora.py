@@ -68,11 +68,13 @@ a merged LoRA nothing. The whole family in one table: nanopeft/__init__.py.
 Papers: LoRA, arXiv 2106.09685, eq. 3; rsLoRA, arXiv 2312.03732; QLoRA, arXiv 2305.14314.
 """
 
+import inspect
 import math
 import re
 import warnings
 from collections import Counter
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 import torch.nn as nn
@@ -112,6 +114,8 @@ class LoRALinear(nn.Module):
         self.register_buffer("unmerged_weight", None)  # a copy of W while the layer is merged
 
     def forward(self, x):
+        if not self.enabled and self.unmerged_weight is not None:
+            return torch.func.functional_call(self.base_layer, {"weight": self.unmerged_weight}, x)
         y = self.base_layer(x)  # (..., out)
         if not self.enabled or self.unmerged_weight is not None:
             return y
@@ -157,7 +161,7 @@ def add_lora(model, targets="all-linear", *, r=8, alpha=16, dropout=0.0, ranks=N
     if not (0 <= dropout < 1 and abs(alpha) <= 3.4e38 and init in ("kaiming", "gaussian", "reverse")):
         got = f"{dropout}, {alpha}, {init!r}"
         raise Error(f"dropout must be in [0, 1), alpha finite, init kaiming, gaussian or reverse; not {got}")
-    found = find_targets(model, targets)
+    bare, found = unwrap(model), find_targets(model, targets)
     rank = dict.fromkeys(found, r)
     for end, n in reversed(ranks.items()):  # the first that matches a name counts, so it is set last
         fitting = matching(rf"(.*\.)?({end})", found)  # peft's rule: the whole name, or all of it after a dot
@@ -167,36 +171,35 @@ def add_lora(model, targets="all-linear", *, r=8, alpha=16, dropout=0.0, ranks=N
     wrapped = {}
     for name, layer in found.items():
         wrapper = LoRAEmbedding if isinstance(layer, nn.Embedding) else LoRALinear
-        wrapped[name] = wrapper(layer, rank[name], alpha, dropout, rslora, init).train(layer.training)
+        wrapped[layer] = wrapper(layer, rank[name], alpha, dropout, rslora, init).train(layer.training)
     model.requires_grad_(False)  # A and B are not in the model yet
-    for name, layer in wrapped.items():
-        replace(model, name, layer)
-    model.lora_config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": alpha, "lora_dropout": dropout,
+    for layer, wrapper in wrapped.items():
+        replace(model, layer, wrapper)
+    bare.lora_config = {
+        "peft_type": "LORA", "task_type": task_type(bare), "r": r, "lora_alpha": alpha, "lora_dropout": dropout,
         "target_modules": targets if isinstance(targets, str) else list(targets), "rank_pattern": ranks,
         "use_rslora": rslora, "bias": "none", "inference_mode": True,
-        "fan_in_fan_out": getattr(getattr(model, "config", None), "model_type", None) == "gpt2",  # it has Conv1D
+        "fan_in_fan_out": getattr(getattr(bare, "config", None), "model_type", None) == "gpt2",  # it has Conv1D
     }  # fmt: skip
     return model
 
 
 def lora_layers(model):
     """{name: layer} of the wrapped layers."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    return {name: m for m, name in bare_names(model).items() if isinstance(m, LoRALinear)}
 
 
 @torch.no_grad()
 def merge_lora(model):
     """W ← W + s · B A in each layer, summed in fp32 and rounded to W's dtype. unmerge_lora takes it back."""
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    lora_state_dict(model)  # Error if it is sharded
     for name, layer in lora_layers(model).items():
-        if not layer.enabled:
-            raise Error("inside lora_disabled the model is the base: merge outside of it")
         # 8 bits or fewer. bitsandbytes may keep its 4 bits in a wider type, and qlora.py's layer shows floats
         weight, base = layer.weight, layer.base_layer
         if weight.element_size() < 2 or hasattr(weight, "quant_state") or hasattr(base, "dequantize"):
             raise Error(f"{name} has a quantized weight: merge into a 16- or 32-bit copy of the model")
-        if uses[id(layer.weight)] != 1:
+        if uses[id(weight)] != 1:
             raise Error(f"{name} shares its weight with another layer, or computes it: a merge needs one of its own")
     for layer in lora_layers(model).values():
         if layer.unmerged_weight is None:
@@ -217,18 +220,16 @@ def unmerge_lora(model):
 
 def remove_lora(model):
     """Puts the bare layers back, frozen, with their weights as they are: merge_lora first to keep what was learned."""
-    for name, layer in lora_layers(model).items():
-        replace(model, name, layer.base_layer)
-    model.__dict__.pop("lora_config", None)
+    for layer in lora_layers(model).values():
+        replace(model, layer, layer.base_layer)
+    unwrap(model).__dict__.pop("lora_config", None)
     return model
 
 
 @contextmanager
 def lora_disabled(model):
     """Inside the `with` the model is the base; afterwards it is as before, merged or not."""
-    layers = [layer for layer in lora_layers(model).values() if layer.enabled]  # none inside another lora_disabled
-    merged = any(layer.unmerged_weight is not None for layer in layers)
-    unmerge_lora(model)
+    layers = [layer for layer in lora_layers(model).values() if layer.enabled]  # none if nested
     for layer in layers:
         layer.enabled = False
     try:
@@ -236,8 +237,6 @@ def lora_disabled(model):
     finally:
         for layer in layers:
             layer.enabled = True
-        if merged:
-            merge_lora(model)
 
 
 def lora_parameters(model):
@@ -252,13 +251,18 @@ def lora_parameters(model):
 
 def lora_state_dict(model):
     """What was trained: the content of adapter_model.safetensors."""
-    return {key: p.detach() for key, p in lora_parameters(model).items()}
+    state = {key: p.detach() for key, p in lora_parameters(model).items()}
+    for key, p in state.items():
+        if p.numel() == 0 or hasattr(p, "full_tensor"):
+            how = "inside ZeRO's engine.whole(), or, with FSDP2, on a model that has each full_tensor()"
+            raise Error(f"{key} is sharded: call this {how}")
+    return state
 
 
 @torch.no_grad()
 def load_lora_state_dict(model, state):
     """The reverse, onto a model that add_lora has prepared. If the two do not fit: Error, and nothing is loaded."""
-    own = lora_parameters(model)
+    own = lora_state_dict(model)  # the parameters' own memory
     state = {key: t for key, t in state.items() if ".base_layer." not in key}  # peft adds the frozen embedding table
     if any(layer.unmerged_weight is not None for layer in lora_layers(model).values()):
         raise Error("the model is merged with another adapter: unmerge_lora(model) first")
@@ -275,9 +279,9 @@ def load_lora_state_dict(model, state):
 
 def lora_config(model):
     """The adapter_config.json that goes with lora_state_dict."""
-    if not hasattr(model, "lora_config"):
+    if not hasattr(unwrap(model), "lora_config"):
         raise Error("the model has no LoRA: add_lora(model) first")
-    return dict(model.lora_config)
+    return dict(unwrap(model).lora_config)
 
 
 # ------------------------------------------------------------------------------------------------------------ plumbing
@@ -288,13 +292,30 @@ def is_linear(layer):
     return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
 
 
-def replace(model, name, layer):
-    """Puts the layer in every place of the one that has this name: a model may call one layer in several."""
-    old = model.get_submodule(name)
+def unwrap(module):
+    """A module, out of what torch.compile, FSDP, activation checkpointing and data parallelism put around it."""
+    inner = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"} & module._modules.keys()
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner = {"module"}  # elsewhere it is a name like any other
+    return unwrap(module._modules[inner.pop()]) if inner else module
+
+
+def bare_names(module, name="", found=None):
+    """{module: its name in peft's checkpoint}, which is the one that it has in the model without wrappers."""
+    found, module = {} if found is None else found, unwrap(module)
+    if module not in found:
+        found[module] = name
+        for child, inner in module.named_children():
+            bare_names(inner, f"{name}.{child}" if name else child, found)
+    return found
+
+
+def replace(model, old, new):
+    """Puts a layer in every place of the old one: a model may call one layer in several. Its own wrappers go."""
     for parent in [*model.modules()]:
         for child, module in parent._modules.items():  # named_children would leave out all places but the first
-            if module is old:
-                setattr(parent, child, layer)
+            if module is not None and unwrap(module) is old:
+                setattr(parent, child, new)
 
 
 def matching(pattern, modules):
@@ -309,14 +330,39 @@ def names(layers):
     return ", ".join(sorted({re.sub(r"\.\d+(?=\.)", ".*", name) for name in layers}))
 
 
+def task_type(model):
+    """peft's name for what a model of transformers does, by the end of its class's name; None fits every model."""
+    tasks = {
+        "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "GPT": "CAUSAL_LM", "Generation": "SEQ_2_SEQ_LM",
+        "SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "QuestionAnswering": "QUESTION_ANS",
+    }  # fmt: skip
+    task = next((task for end, task in tasks.items() if type(model).__name__.endswith(end)), None)
+    config, reads = getattr(model, "config", None), getattr(model, "main_input_name", "input_ids")
+    fits = task != "SEQ_2_SEQ_LM" or getattr(config, "is_encoder_decoder", False)
+    return task if fits and hasattr(config, "model_type") and reads == "input_ids" else None  # not images or sounds
+
+
+@cache
+def is_only_read(parent, child):
+    """Whether a class computes with its layer's weight, self.dt_proj.weight @ x in Mamba, and does not call it."""
+    try:
+        members = {name: f for c in reversed(parent.__mro__) if c is not nn.Module for name, f in vars(c).items()}
+        source = "".join(inspect.getsource(f) for n, f in members.items() if inspect.isfunction(f) and n != "__init__")
+    except (OSError, TypeError):  # typed into an interpreter, or not written in Python
+        return False
+    called = re.search(rf"self\.{child}\b(?!\.weight|\.bias)", source)
+    return f"self.{child}.weight @" in source or f"self.{child}.weight" in source and not called
+
+
 def find_targets(model, targets):
     """{name: layer} of what `targets` names; Error if that is nothing, or no layer that LoRA fits on."""
-    modules = {n: m for n, m in model.named_modules() if n}
+    bare, modules = unwrap(model), {name: m for m, name in bare_names(model).items() if name}
     fitting = {n: m for n, m in modules.items() if is_linear(m) or isinstance(m, nn.Embedding)}
     if targets == "all-linear":
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head = getattr(bare, "get_output_embeddings", lambda: None)()
         found = {n: m for n, m in fitting.items() if is_linear(m) and m is not head}
-        passed = [n for n, p in model.named_parameters() if p.dim() > 1 and n.rpartition(".")[0] not in fitting]
+        known = {id(p) for m in fitting.values() for p in m.parameters()}
+        passed = [n for n, p in bare.named_parameters() if p.dim() > 1 and id(p) not in known]
         if passed:  # a mixture of experts may hold them all in one tensor
             warnings.warn(f"all-linear passes over parameters of no linear layer: {names(passed)}", stacklevel=3)
     else:
@@ -326,11 +372,17 @@ def find_targets(model, targets):
         rule = "a list holds ends of names; a string is a regular expression for a whole name"
         raise Error(f"no layer fits targets={targets!r} ({rule}); there are {names(fitting) or 'none in the model'}")
     for name, layer in found.items():
+        path, _, child = name.rpartition(".")
+        parent, kind = modules.get(path, bare), type(layer).__name__
         if name not in fitting:
-            raise Error(f"{name} is a {type(layer).__name__}; LoRA fits on {names(fitting)}")
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, nn.MultiheadAttention):
-            raise Error(f"{name}: nn.MultiheadAttention reads its weight, never calls it; LoRA there would do nothing")
+            raise Error(f"{name} is a {kind}; LoRA fits on {names(fitting)}")
+        if is_only_read(type(parent), child):
+            others = sorted({other.rpartition(".")[2] for other in found} - {child})
+            reads = f"{type(parent).__name__} reads its weight, never calls it"
+            raise Error(f"{name}: {reads}, and LoRA would do nothing: give targets={others}")
+        scales = hasattr(layer, "embed_scale")
+        if isinstance(layer, nn.Embedding) and type(layer).forward is not nn.Embedding.forward and not scales:
+            raise Error(f"{name} is a {kind}, whose forward is not nn.Embedding's; LoRA does not fit on it")
         if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
             raise Error(f"{name} is only read in eval mode, not called: torch.backends.mha.set_fastpath_enabled(False)")
     return found
