@@ -68,6 +68,7 @@ a merged LoRA nothing. The whole family in one table: nanopeft/__init__.py.
 Papers: LoRA, arXiv 2106.09685, eq. 3; rsLoRA, arXiv 2312.03732; QLoRA, arXiv 2305.14314.
 """
 
+import copy
 import inspect
 import math
 import re
@@ -141,16 +142,37 @@ class LoRAEmbedding(LoRALinear):
         return F.linear(h, self.lora_B) * getattr(self.base_layer, "embed_scale", 1)  # Gemma scales its embeddings
 
 
+class TrainedCopy(nn.Module):
+    """A module of modules_to_save, say a new head: a copy of it is trained in full, and the original stays frozen."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer, self.trained, self.enabled = base_layer, copy.deepcopy(base_layer).requires_grad_(), True
+
+    def forward(self, *args, **kwargs):
+        return (self.trained if self.enabled else self.base_layer)(*args, **kwargs)
+
+    def __getattr__(self, name):  # what a model reads of the module, such as its weight
+        if "enabled" not in self.__dict__ or name in ("base_layer", "trained"):
+            return super().__getattr__(name)
+        return getattr(self.trained if self.enabled else self.base_layer, name)
+
+
 # ----------------------------------------------------------------------------------------------------------------- use
 
 
-def add_lora(model, targets="all-linear", *, r=8, alpha=16, dropout=0.0, ranks=None, rslora=False, init="kaiming"):
+def add_lora(
+    model, targets="all-linear", *, r=8, alpha=16, dropout=0.0, ranks=None, rslora=False, init="kaiming",
+    modules_to_save=None,
+):  # fmt: skip
     """Freezes the model, wraps its target layers in place and returns it. Wrong use: Error, and nothing has changed.
 
     targets: a list of ends of layer names, ["c_attn", "mlp.c_proj"]; or one regular expression for whole names; or
         "all-linear", every linear layer but the head. ranks: {regular expression for the end of a name: its own r}.
     init: "kaiming" or "gaussian" draws A and sets B = 0; "reverse" draws B and sets A = 0. Embeddings have neither a
         choice of init (A = 0, B normal) nor dropout.
+    modules_to_save: a list of ends of names of modules, of which copies are trained in full and saved; by default the
+        new head of a classification model. Disabled, or removed unmerged, LoRA leaves the original; merged, the copy.
     Cast the model before, not after: model.to(torch.bfloat16) would cast A and B too.
     """
     ranks = dict(ranks or {})
@@ -161,24 +183,25 @@ def add_lora(model, targets="all-linear", *, r=8, alpha=16, dropout=0.0, ranks=N
     if not (0 <= dropout < 1 and abs(alpha) <= 3.4e38 and init in ("kaiming", "gaussian", "reverse")):
         got = f"{dropout}, {alpha}, {init!r}"
         raise Error(f"dropout must be in [0, 1), alpha finite, init kaiming, gaussian or reverse; not {got}")
-    bare, found = unwrap(model), find_targets(model, targets)
+    bare, saved = unwrap(model), find_saved(model, modules_to_save)
+    found = find_targets(model, targets, saved)
     rank = dict.fromkeys(found, r)
     for end, n in reversed(ranks.items()):  # the first that matches a name counts, so it is set last
         fitting = matching(rf"(.*\.)?({end})", found)  # peft's rule: the whole name, or all of it after a dot
         if not fitting:
             raise Error(f"ranks: {end!r} matches no target; there are {names(found)}")
         rank |= dict.fromkeys(fitting, n)
-    wrapped = {}
+    wrapped = {module: TrainedCopy(module).train(module.training) for module in saved.values()}
     for name, layer in found.items():
         wrapper = LoRAEmbedding if isinstance(layer, nn.Embedding) else LoRALinear
         wrapped[layer] = wrapper(layer, rank[name], alpha, dropout, rslora, init).train(layer.training)
-    model.requires_grad_(False)  # A and B are not in the model yet
+    model.requires_grad_(False)  # what is trained is not in the model yet
     for layer, wrapper in wrapped.items():
         replace(model, layer, wrapper)
     bare.lora_config = {
         "peft_type": "LORA", "task_type": task_type(bare), "r": r, "lora_alpha": alpha, "lora_dropout": dropout,
         "target_modules": targets if isinstance(targets, str) else list(targets), "rank_pattern": ranks,
-        "use_rslora": rslora, "bias": "none", "inference_mode": True,
+        "use_rslora": rslora, "bias": "none", "inference_mode": True, "modules_to_save": [*saved] or None,
         "fan_in_fan_out": getattr(getattr(bare, "config", None), "model_type", None) == "gpt2",  # it has Conv1D
     }  # fmt: skip
     return model
@@ -220,8 +243,12 @@ def unmerge_lora(model):
 
 def remove_lora(model):
     """Puts the bare layers back, frozen, with their weights as they are: merge_lora first to keep what was learned."""
-    for layer in lora_layers(model).values():
-        replace(model, layer, layer.base_layer)
+    merged = any(layer.unmerged_weight is not None for layer in lora_layers(model).values())
+    for layer in [*model.modules()]:
+        if isinstance(layer, LoRALinear):
+            replace(model, layer, layer.base_layer)
+        elif isinstance(layer, TrainedCopy):
+            replace(model, layer, layer.trained.requires_grad_(False) if merged else layer.base_layer)
     unwrap(model).__dict__.pop("lora_config", None)
     return model
 
@@ -229,7 +256,7 @@ def remove_lora(model):
 @contextmanager
 def lora_disabled(model):
     """Inside the `with` the model is the base; afterwards it is as before, merged or not."""
-    layers = [layer for layer in lora_layers(model).values() if layer.enabled]  # none if nested
+    layers = [m for m in model.modules() if isinstance(m, (LoRALinear, TrainedCopy)) and m.enabled]  # none if nested
     for layer in layers:
         layer.enabled = False
     try:
@@ -242,11 +269,13 @@ def lora_disabled(model):
 def lora_parameters(model):
     """{name in peft's checkpoint: parameter}: what is trained."""
     found = {}
-    for name, layer in lora_layers(model).items():
-        ending = "lora_embedding_{}" if isinstance(layer, LoRAEmbedding) else "lora_{}.weight"
-        for factor in "AB":
-            found[f"base_model.model.{name}.{ending.format(factor)}"] = getattr(layer, f"lora_{factor}")
-    return found
+    for module, name in bare_names(model).items():
+        if isinstance(module, LoRALinear):
+            ending = "lora_embedding_{}" if isinstance(module, LoRAEmbedding) else "lora_{}.weight"
+            found |= {f"{name}.{ending.format(factor)}": getattr(module, f"lora_{factor}") for factor in "AB"}
+        elif isinstance(module, TrainedCopy):
+            found |= {f"{name}.{key}": t for key, t in module.trained.state_dict(keep_vars=True).items()}
+    return {f"base_model.model.{name}": p for name, p in found.items()}
 
 
 def lora_state_dict(model):
@@ -271,7 +300,8 @@ def load_lora_state_dict(model, state):
         raise Error(f"the adapter does not fit: missing {missing or 'nothing'}, left over {left or 'nothing'}")
     for key, p in own.items():
         t = state[key]
-        if p.shape != t.shape or not t.is_floating_point() or t.element_size() < 2:
+        is_number = not p.is_floating_point() or t.is_floating_point() and t.element_size() > 1  # 8 bits need a scale
+        if p.shape != t.shape or not is_number:
             raise Error(f"{key} is {t.dtype} {tuple(t.shape)} in the adapter; the model needs floats {tuple(p.shape)}")
     for key, p in own.items():
         p.copy_(state[key])
@@ -342,6 +372,21 @@ def task_type(model):
     return task if fits and hasattr(config, "model_type") and reads == "input_ids" else None  # not images or sounds
 
 
+def find_saved(model, ends):
+    """{name: module} by ends of names; None is the head, which is what a classifier has beside its blocks."""
+    found = {}
+    if ends is None:
+        is_classifier = re.search(r"For\w*(Classification|Answering|Choice)$", type(unwrap(model)).__name__)
+        heads = {n: [*m.modules()] for n, m in unwrap(model).named_children() if is_classifier and [*m.parameters()]}
+        ends = [n for n, parts in heads.items() if not any(isinstance(m, (nn.ModuleList, nn.Embedding)) for m in parts)]
+    for module, name in bare_names(model).items():
+        if name.endswith(tuple(ends)) and not name.startswith(tuple(f"{outer}." for outer in found)):
+            found[name] = module
+    if isinstance(ends, str) or ends and not found:
+        raise Error(f"modules_to_save={ends!r} must be a list of ends of names of modules")
+    return found
+
+
 @cache
 def is_only_read(parent, child):
     """Whether a class computes with its layer's weight, self.dt_proj.weight @ x in Mamba, and does not call it."""
@@ -354,8 +399,8 @@ def is_only_read(parent, child):
     return f"self.{child}.weight @" in source or f"self.{child}.weight" in source and not called
 
 
-def find_targets(model, targets):
-    """{name: layer} of what `targets` names; Error if that is nothing, or no layer that LoRA fits on."""
+def find_targets(model, targets, saved=()):
+    """{name: layer} of what `targets` names, outside of `saved`; Error if that is nothing, or no layer for LoRA."""
     bare, modules = unwrap(model), {name: m for m, name in bare_names(model).items() if name}
     fitting = {n: m for n, m in modules.items() if is_linear(m) or isinstance(m, nn.Embedding)}
     if targets == "all-linear":
@@ -368,6 +413,7 @@ def find_targets(model, targets):
     else:
         pattern = targets if isinstance(targets, str) else rf"(.*\.)?({'|'.join(map(re.escape, targets))})"
         found = matching(pattern, modules)
+    found = {n: m for n, m in found.items() if not f"{n}.".startswith(tuple(f"{name}." for name in saved))}
     if not found:
         rule = "a list holds ends of names; a string is a regular expression for a whole name"
         raise Error(f"no layer fits targets={targets!r} ({rule}); there are {names(fitting) or 'none in the model'}")

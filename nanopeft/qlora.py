@@ -128,7 +128,7 @@ def add_qlora(model, targets="all-linear", *, quant_type="nf4", double_quant=Tru
     targets and the other arguments are add_lora's. An embedding or the head, if named, has LoRA and is not quantized.
     One layer after the other: at its peak the memory holds the model and one layer more.
     """
-    layers = quantizable(model, targets, quant_type)
+    layers = quantizable(model, targets, quant_type, lora_arguments.get("modules_to_save"))
     lora.add_lora(model, targets, **lora_arguments)
     for name, wrapper in lora.lora_layers(model).items():
         if name in layers:
@@ -152,12 +152,12 @@ def merge_qlora(model, dtype=None):
 # ------------------------------------------------------------------------------------------------------------ plumbing
 
 
-def quantizable(model, targets, quant_type):
+def quantizable(model, targets, quant_type, modules_to_save):
     """{name: layer} of the target layers that can be quantized; Error if there are none, or one that cannot be."""
     if quant_type not in ("nf4", "int8"):
         raise Error(f"quant_type must be nf4 or int8, not {quant_type!r}")
     head = getattr(lora.unwrap(model), "get_output_embeddings", lambda: None)()
-    found = lora.find_targets(model, targets)
+    found = lora.find_targets(model, targets, lora.find_saved(model, modules_to_save))
     layers = {name: layer for name, layer in found.items() if lora.is_linear(layer) and layer is not head}
     if not layers:
         raise Error(f"nothing to quantize: {lora.names(found)} is no linear layer, or the head; lora.add_lora fits")

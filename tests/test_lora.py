@@ -2,6 +2,7 @@
 """What nanopeft/lora.py claims, against its formulas in fp64 and without another library."""
 
 import copy
+import io
 import math
 import runpy
 import shutil
@@ -779,6 +780,10 @@ class Everything(nn.Module):
         ({"targets": r"h\.[01"}, "is not a regular expression"),
         ({"targets": ("up", "out_proj")}, "attention.out_proj: MultiheadAttention reads its weight"),
         ({"targets": "all-linear"}, r"attention.out_proj: MultiheadAttention reads its weight.* give targets=\['up'\]"),
+        ({"modules_to_save": "table"}, "modules_to_save='table' must be a list of ends of names"),
+        ({"modules_to_save": ["tabel"]}, r"modules_to_save=\['tabel'\] must be a list"),
+        ({"targets": ("up", "table"), "modules_to_save": [""]}, "no layer fits"),
+        ({"modules_to_save": ["up"]}, "no layer fits"),
     ],
 )
 def test_wrong_arguments_are_refused_and_change_nothing(arguments, message):
@@ -876,6 +881,94 @@ def test_an_embedding_whose_forward_is_its_own_is_refused():
     W, update = dense(model[0])
     ids = torch.randint(8, (3, 5))
     torch.testing.assert_close(model(ids), 3 * (W + update)[ids], rtol=1e-13, atol=1e-13)  # fp64, 3 terms
+
+
+# ------------------------------------------------------------------------------------------------- modules_to_save
+
+
+def with_a_head():
+    """A table, two layers and a head of two layers, and an input."""
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8, affine=False), nn.Linear(8, 3))
+    body = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8))
+    return nn.Sequential(OrderedDict(body=body, head=head)).eval(), torch.randn(5, 6)
+
+
+def test_modules_to_save_are_trained_in_full_and_saved():
+    """The head's own parameters train beside A and B, all is saved and loaded, and nothing else has a gradient."""
+    base, x = with_a_head()
+    model = lora.add_lora(copy.deepcopy(base), ("0", "2"), r=2, modules_to_save=("head",)).train()
+    assert list(lora.lora_layers(model)) == ["body.0", "body.2"]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    state = lora.lora_state_dict(model)
+    heads = {f"base_model.model.head.{n}": t for n, t in base.head.state_dict().items()}
+    assert {key for key in state if "lora_" not in key} == heads.keys() and len(state) == 4 + len(heads)
+    assert all(not torch.equal(state[key], t) for key, t in heads.items())
+    for name, p in model.named_parameters():
+        assert p.requires_grad == ("lora_" in name or "head.trained" in name) and (p.grad is None) != p.requires_grad
+    other = lora.add_lora(copy.deepcopy(base), ("0", "2"), r=2, modules_to_save=["head"])
+    lora.load_lora_state_dict(other, state)
+    assert torch.equal(other(x), model.eval()(x)) and not torch.allclose(other(x), base(x))
+    clone = copy.deepcopy(model)
+    for p in model.parameters():
+        nn.init.zeros_(p.data)
+    assert torch.equal(clone(x), other(x)) and lora.lora_config(clone)["modules_to_save"] == ["head"]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_disabled_or_removed_the_original_module_comes_back(merged):
+    """Disabled, merged or not, and removed unmerged, the model is the base; removed after a merge, it has the copy."""
+    base, x = with_a_head()
+    model = randomize(lora.add_lora(copy.deepcopy(base), ("0", "2"), r=2, modules_to_save=("head",)))
+    for p in model.head.trained.parameters():
+        nn.init.normal_(p)
+    y, plain = model(x), base(x)
+    assert (y - plain).abs().max() > 0.1 * y.abs().max()
+    if merged:
+        lora.merge_lora(model)
+    with lora.lora_disabled(model):
+        assert torch.equal(model(x), plain)
+    found = model(x)
+    torch.testing.assert_close(found, y, rtol=1e-4, atol=1e-4)  # fp32 sums of 8, four layers
+    lora.remove_lora(model)
+    assert torch.equal(model(x), found if merged else plain)
+    assert model.state_dict().keys() == base.state_dict().keys()
+    assert not any(p.requires_grad for p in model.parameters())
+    assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.up = nn.Embedding(8, 4, padding_idx=0), nn.Linear(4, 4)
+
+    def forward(self, ids):
+        return F.linear(self.up(self.table(ids)), self.table.weight) * (ids != self.table.padding_idx)[..., None]
+
+
+
+def test_a_model_may_read_what_it_saves():
+    """A model that reads the weight of a module in modules_to_save finds the copy's, disabled the original's."""
+    torch.manual_seed(0)
+    base, ids = Tied(), torch.arange(8)
+    model = lora.add_lora(copy.deepcopy(base), ("up",), modules_to_save=("table",))
+    expected = copy.deepcopy(base)
+    nn.init.normal_(expected.table.weight)
+    with torch.no_grad():
+        model.table.weight.copy_(expected.table.weight)
+    assert torch.equal(model(ids), expected(ids))
+    with lora.lora_disabled(model):
+        assert torch.equal(model(ids), base(ids))
+    with pytest.raises(AttributeError, match="nothing"):
+        model.table.nothing  # noqa: B018
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(ids), expected(ids))
 
 
 # ---------------------------------------------------------------------------------------------------- sharded models

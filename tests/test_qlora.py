@@ -366,6 +366,26 @@ def test_a_copied_or_reloaded_model_is_the_same(tmp_path):
     assert torch.equal(other(IDS).logits, y)
 
 
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel, pytest.param(torch.compile, marks=THOROUGH)])
+def test_modules_to_save_keep_16_bits(wrap):
+    """A head in modules_to_save is trained in full and not quantized; merged and removed, the copy stays."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32), nn.Linear(32, 4))
+    model, x = wrap(layers.to(torch.bfloat16)), torch.randn(7, 32, dtype=torch.bfloat16)
+    randomize(qlora.add_qlora(model, modules_to_save=["3"], r=2))
+    bare = lora.unwrap(model)
+    assert len(quantized(model)) == 2 and type(bare[3].trained) is nn.Linear
+    assert {key.split(".")[2] for key in lora.lora_state_dict(model)} == {"0", "2", "3"}
+    y = model(x).float()
+    y.sum().backward()
+    assert bare[3].trained.weight.grad is not None and bare[3].base_layer.weight.grad is None
+    lora.remove_lora(qlora.merge_qlora(model, torch.float32))
+    assert not quantized(model) and type(bare[3]) is nn.Linear
+    # bf16's 8 bits in the activations of three layers, against fp32: some roundings of 2^-9 each
+    merged = bare.float()(x.float())
+    assert (merged - y).norm() <= 0.02 * y.norm()
+
+
 @pytest.mark.parametrize("conv1d", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging_gives_the_dense_model_back(kind, conv1d):

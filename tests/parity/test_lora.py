@@ -21,6 +21,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from nanopeft import gpt, lora, qlora
+from nanopeft.trainer import checkpoint
 from nanopeft.trainer.checkpoint import save_gpt
 
 # --------------------------------------------------------------------------------------------------------- small models
@@ -497,7 +498,7 @@ def test_a_module_that_is_named_module_is_no_wrapper(tmp_path):
         assert not torch.allclose(ours(x), base(x))
 
 
-# ------------------------------------------------------------------------------------------------------- kinds of model
+# ------------------------------------------------------------------------------------------- tasks and modules_to_save
 
 SMALL = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
@@ -581,17 +582,18 @@ def randomize(model):
 @pytest.mark.parametrize(
     "name",
     mostly_thorough(
-        [name for name in TASKS if TASKS[name][4] is None],  # those without a new head
-        ("BertModel", "T5ForConditionalGeneration", "WhisperForConditionalGeneration"),
+        TASKS,
+        ("GPT2ForSequenceClassification", "BertForTokenClassification", "T5ForQuestionAnswering", "BertModel",
+         "T5ForConditionalGeneration", "ViTForImageClassification", "WhisperForConditionalGeneration"),
     ),
 )  # fmt: skip
 def test_each_kind_of_model_opens_in_peft(name, tmp_path):
-    """task_type says what the model is, or null: peft opens each adapter with equal outputs."""
-    _, targets, inputs, task, _ = TASKS[name]
+    """task_type says what the model is, or null; its head is trained and stored; peft opens it with equal outputs."""
+    _, targets, inputs, task, head = TASKS[name]
     base = a_model(name)
     model = randomize(lora.add_lora(copy.deepcopy(base), targets, r=2))
     config = lora.lora_config(model)
-    assert config["task_type"] == task
+    assert config["task_type"] == task and config["modules_to_save"] == head
     assert {p for p in model.parameters() if p.requires_grad} == set(lora.lora_parameters(model).values())
     expected = outputs(model, inputs)
     assert (expected - outputs(base, inputs)).abs().max() > 0.01 * expected.abs().max()
@@ -600,6 +602,89 @@ def test_each_kind_of_model_opens_in_peft(name, tmp_path):
         warnings.simplefilter("ignore", FutureWarning)
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
     assert_close(outputs(theirs, inputs), expected, 1e-5)  # two layers in fp32, another order of additions
+    for key, t in peft.get_peft_model_state_dict(theirs).items():
+        assert torch.equal(t, lora.lora_state_dict(model)[key])
+
+
+@pytest.mark.parametrize(
+    "name",
+    mostly_thorough(
+        [n for n in TASKS if TASKS[n][3] in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and n[:4] != "Bart"],
+        ("GPT2ForSequenceClassification", "BertForQuestionAnswering"),
+    ),
+)
+def test_a_classifier_of_pefts_opens_here(name, tmp_path):
+    """peft's classifier, by its task alone, trains the same tensors; its folder opens here, and merges to the same."""
+    _, targets, inputs, task, _ = TASKS[name]
+    base = a_model(name)
+    targets = ("query",) if targets == "all-linear" else targets  # in which peft takes the head of these two as well
+    config = peft.LoraConfig(task_type=task, target_modules=list(targets), r=2)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    trained = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
+    for p in trained.values():
+        nn.init.normal_(p, std=0.3)
+    theirs.save_pretrained(tmp_path)
+    arguments = checkpoint.lora_arguments(checkpoint.read_adapter(tmp_path)[0])
+    ours = lora.add_lora(copy.deepcopy(base), **arguments)
+    lora.load_lora_state_dict(ours, load_file(tmp_path / "adapter_model.safetensors"))
+    assert len(lora.lora_parameters(ours)) == len(trained)
+    expected = outputs(theirs, inputs)
+    assert_close(outputs(ours, inputs), expected, 1e-5)  # as above
+    with theirs.disable_adapter(), lora.lora_disabled(ours):
+        plain = outputs(base, inputs)
+        assert torch.equal(outputs(ours, inputs), plain) and torch.equal(outputs(theirs, inputs), plain)
+    by_default = lora.add_lora(copy.deepcopy(base), targets, r=2)
+    assert lora.lora_parameters(by_default).keys() == lora.lora_parameters(ours).keys()
+    merged = lora.remove_lora(lora.merge_lora(ours))
+    assert merged.state_dict().keys() == base.state_dict().keys()
+    assert_close(outputs(merged, inputs), outputs(theirs.merge_and_unload(), inputs), 1e-5)
+    assert_close(outputs(merged, inputs), expected, 1e-5)
+
+
+def test_a_head_learns_and_keeps_what_it_learned(tmp_path):
+    """A classifier that was trained to separate its data separates them after reloading too."""
+    torch.manual_seed(0)
+    base = a_model("GPT2ForSequenceClassification").train()
+    model = lora.add_lora(copy.deepcopy(base), ("c_attn",), r=4)
+    ids = torch.randint(1, 64, (24, 6))
+    labels = ids[:, -1] % 3
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(ids, labels=labels).loss.backward()
+        optimizer.step()
+    accuracy = lambda m: (m.eval()(ids).logits.argmax(-1) == labels).float().mean()  # noqa: E731
+    assert accuracy(model) > 0.9
+    write(model, tmp_path / "ours")
+    again = lora.add_lora(copy.deepcopy(base), ("c_attn",), r=4)
+    lora.load_lora_state_dict(again, load_file(tmp_path / "ours" / "adapter_model.safetensors"))
+    assert torch.equal(again.eval()(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_named_embedding_and_head_are_trained_in_full(tied):
+    """modules_to_save with a language model's table and head, tied or not: peft's logits, and the base comes back."""
+    torch.manual_seed(0)
+    base = hf_llama(tied).eval()
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], r=2
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    for p in theirs.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.3)
+    ours = lora.add_lora(copy.deepcopy(base), ("q_proj",), r=2, alpha=8, modules_to_save=("embed_tokens", "lm_head"))
+    state = peft.get_peft_model_state_dict(theirs)
+    lora.load_lora_state_dict(ours, state)
+    assert lora.lora_state_dict(ours).keys() == state.keys() and len(state) == 2 * 2 + 2
+    assert_close(ours(IDS).logits, theirs(IDS).logits, 1e-6)  # two layers in fp32, the same operations
+    merged = lora.remove_lora(lora.merge_lora(copy.deepcopy(ours)))
+    with lora.lora_disabled(ours):
+        assert torch.equal(ours(IDS).logits, base(IDS).logits)
+    assert torch.equal(lora.remove_lora(ours)(IDS).logits, base(IDS).logits)
+    assert ours.state_dict().keys() == base.state_dict().keys()
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+    assert_close(merged(IDS).logits, theirs.merge_and_unload()(IDS).logits, 1e-5)  # fp32, W rounded once more
 
 
 # --------------------------------------------------------------------------------------------- layers that do not fit
