@@ -196,8 +196,7 @@ def add_lora(
         wrapper = LoRAEmbedding if isinstance(layer, nn.Embedding) else LoRALinear
         wrapped[layer] = wrapper(layer, rank[name], alpha, dropout, rslora, init).train(layer.training)
     model.requires_grad_(False)  # what is trained is not in the model yet
-    for layer, wrapper in wrapped.items():
-        replace(model, layer, wrapper)
+    replace(model, wrapped)
     bare.lora_config = {
         "peft_type": "LORA", "task_type": task_type(bare), "r": r, "lora_alpha": alpha, "lora_dropout": dropout,
         "target_modules": targets if isinstance(targets, str) else list(targets), "rank_pattern": ranks,
@@ -244,11 +243,9 @@ def unmerge_lora(model):
 def remove_lora(model):
     """Puts the bare layers back, frozen, with their weights as they are: merge_lora first to keep what was learned."""
     merged = any(layer.unmerged_weight is not None for layer in lora_layers(model).values())
-    for layer in [*model.modules()]:
-        if isinstance(layer, LoRALinear):
-            replace(model, layer, layer.base_layer)
-        elif isinstance(layer, TrainedCopy):
-            replace(model, layer, layer.trained.requires_grad_(False) if merged else layer.base_layer)
+    copies = [m for m in model.modules() if isinstance(m, TrainedCopy)]
+    bare = {m: m.trained.requires_grad_(False) if merged else m.base_layer for m in copies}
+    replace(model, bare | {layer: layer.base_layer for layer in lora_layers(model).values()})
     unwrap(model).__dict__.pop("lora_config", None)
     return model
 
@@ -340,12 +337,12 @@ def bare_names(module, name="", found=None):
     return found
 
 
-def replace(model, old, new):
-    """Puts a layer in every place of the old one: a model may call one layer in several. Its own wrappers go."""
+def replace(model, new):
+    """Puts new[layer] in every place of a layer: a model may call one in several. What wraps the layer itself goes."""
     for parent in [*model.modules()]:
         for child, module in parent._modules.items():  # named_children would leave out all places but the first
-            if module is not None and unwrap(module) is old:
-                setattr(parent, child, new)
+            if module is not None and unwrap(module) in new:
+                setattr(parent, child, new[unwrap(module)])
 
 
 def matching(pattern, modules):

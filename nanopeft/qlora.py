@@ -145,7 +145,7 @@ def merge_qlora(model, dtype=None):
     for layer in [m for m in model.modules() if isinstance(m, QuantizedLinear)]:
         original, layer.original_dtype = layer.original_layer, dtype or layer.original_dtype
         original.weight, original.bias = nn.Parameter(layer.weight, requires_grad=False), layer.bias
-        lora.replace(model, layer, original)
+        lora.replace(model, {layer: original})
     return lora.merge_lora(model)
 
 

@@ -58,7 +58,7 @@ def to_4bit(model, double):
                 weight, requires_grad=False, compress_statistics=double, quant_type="nf4", module=new
             )
             new.bias = layer.bias
-            lora.replace(model, layer, new.to("cpu"))
+            lora.replace(model, {layer: new.to("cpu")})
     return model
 
 
