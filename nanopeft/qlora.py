@@ -20,9 +20,8 @@ not W. A and B are trained on top of Ŵ and can make up for part of the error.
 Can W itself be trained in 4 bits? No. Rounding has a zero gradient almost everywhere, and a usual step is far smaller
 than the gap between two codes. It would need a copy of W in full precision, the memory that QLoRA saves.
 
-What it costs: 4 + 8/64 + 32/(64 · 256) = 4.127 bits for each quantized weight instead of 16 (without double
-quantization 4 + 32/64 = 4.5), and two dequantizations per layer and step (three
-with activation checkpointing). Gradients, Adam's state and activations are LoRA's.
+What it costs: 4 + 8/64 + 32/(64 · 256) = 4.127 bits per quantized weight instead of 16 (4 + 32/64 = 4.5 without double
+quantization), and two dequantizations per layer and step (three with activation checkpointing). The rest is LoRA's.
 
 Example: 7 billion weights take 3.6 GB instead of 14, and 65 billion 33.5 GB instead of 130. Full fine-tuning with Adam
 takes 16 bytes each: 112 GB and 1,040 GB. QLoRA trains 65B on one GPU of 48 GB (the paper). A small model gains less:
@@ -81,7 +80,7 @@ class DequantizeLinear(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Linear):
-    """An nn.Linear, or a Hugging Face Conv1D, with its weight quantized. `weight` holds the stored bytes."""
+    """An nn.Linear, or a Hugging Face Conv1D, with its weight quantized: q holds the stored bytes."""
 
     def __init__(self, layer, quant_type, double_quant):
         nn.Module.__init__(self)  # nn.Linear's own would make a weight
@@ -90,22 +89,27 @@ class QuantizedLinear(nn.Linear):
         self.quant_type, self.double_quant, self.original_dtype = quant_type, double_quant, weight.dtype
         self.bias = layer.bias
         stored, scale = quant.quantize_int8(weight) if quant_type == "int8" else quant.quantize_nf4(weight)
-        self.register_buffer("weight", stored)
+        self.register_buffer("q", stored)
         if quant_type == "nf4" and double_quant:
             scale, scale2, mean = quant.quantize_scales(scale)
             self.register_buffer("scale2", scale2)
             self.register_buffer("mean", mean)
         self.register_buffer("scale", scale)
-        # The layer, without its weight, is kept for merge_qlora; in __dict__, so that it is not listed as a submodule
-        layer.weight = None
-        self.__dict__["original_layer"] = layer
+        layer.weight = None  # the rest is kept for merge_qlora
+        self.__dict__["original_layer"] = layer  # there it is not listed as a submodule
 
     def dequantize(self, dtype):
         """Ŵ (out, in)."""
         if self.quant_type == "int8":
-            return quant.dequantize_int8(self.weight, self.scale, dtype=dtype)
+            return quant.dequantize_int8(self.q, self.scale, dtype=dtype)
         scale = quant.dequantize_scales(self.scale, self.scale2, self.mean) if self.double_quant else self.scale
-        return quant.dequantize_nf4(self.weight, scale, (self.out_features, self.in_features), dtype=dtype)
+        return quant.dequantize_nf4(self.q, scale, (self.out_features, self.in_features), dtype=dtype)
+
+    @property
+    def weight(self):
+        """Ŵ for a model that reads it, as T5 reads its dtype: (out, in), or a Conv1D's (in, out). Not kept."""
+        W = self.dequantize(self.original_dtype)
+        return W if isinstance(self.original_layer, nn.Linear) else W.t().contiguous()
 
     def forward(self, x):
         return DequantizeLinear.apply(x, self.bias, self)
@@ -124,7 +128,7 @@ def add_qlora(model, targets="all-linear", *, quant_type="nf4", double_quant=Tru
     targets and the other arguments are add_lora's. An embedding or the head, if named, has LoRA and is not quantized.
     One layer after the other: at its peak the memory holds the model and one layer more.
     """
-    layers = quantizable(model, targets, quant_type)
+    layers = quantizable(model, targets, quant_type, lora_arguments.get("modules_to_save"))
     lora.add_lora(model, targets, **lora_arguments)
     for name, wrapper in lora.lora_layers(model).items():
         if name in layers:
@@ -136,33 +140,30 @@ def add_qlora(model, targets="all-linear", *, quant_type="nf4", double_quant=Tru
 def merge_qlora(model, dtype=None):
     """Dequantizes the layers, into their original dtype or `dtype`, and merges the update: lora.remove_lora comes next.
 
-    If lora.merge_lora refuses (LoRA on a tied head, or inside lora_disabled), all is dequantized and nothing merged.
+    If lora.merge_lora refuses (LoRA on a tied head, or a sharded model), all is dequantized and nothing merged.
     """
-    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]:
-        weight, original = layer.dequantize(dtype or layer.original_dtype), layer.original_layer
-        weight = weight if isinstance(original, nn.Linear) else weight.t().contiguous()
-        original.weight = nn.Parameter(weight, requires_grad=False)
-        lora.replace(model, name, original)
+    for layer in [m for m in model.modules() if isinstance(m, QuantizedLinear)]:
+        original, layer.original_dtype = layer.original_layer, dtype or layer.original_dtype
+        original.weight, original.bias = nn.Parameter(layer.weight, requires_grad=False), layer.bias
+        lora.replace(model, {layer: original})
     return lora.merge_lora(model)
 
 
 # ------------------------------------------------------------------------------------------------------------ plumbing
 
 
-def quantizable(model, targets, quant_type):
+def quantizable(model, targets, quant_type, modules_to_save):
     """{name: layer} of the target layers that can be quantized; Error if there are none, or one that cannot be."""
     if quant_type not in ("nf4", "int8"):
         raise Error(f"quant_type must be nf4 or int8, not {quant_type!r}")
-    if lora.lora_layers(model):
-        raise Error("the model has LoRA already: lora.remove_lora(model) first")
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    found = lora.find_targets(model, targets)
+    head = getattr(lora.unwrap(model), "get_output_embeddings", lambda: None)()
+    found = lora.find_targets(model, targets, lora.find_saved(model, modules_to_save))
     layers = {name: layer for name, layer in found.items() if lora.is_linear(layer) and layer is not head}
     if not layers:
         raise Error(f"nothing to quantize: {lora.names(found)} is no linear layer, or the head; lora.add_lora fits")
     for name, layer in layers.items():
         if isinstance(layer, QuantizedLinear):
-            raise Error(f"{name} is quantized already: lora.add_lora(model) gives it an update")
+            raise Error(f"{name} is quantized already: lora.add_lora gives it an update, after lora.remove_lora")
         if layer.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise Error(f"{name} has a weight in {layer.weight.dtype}; fp32, fp16 or bf16 can be quantized")
         if not torch.stack(layer.weight.aminmax()).isfinite().all():  # isfinite on all of it would copy it twice

@@ -502,11 +502,14 @@ GOOD = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["up"]}
     st.floats(0, 0.9),
     st.booleans(),
     st.dictionaries(st.sampled_from(["up", "h.0.up"]), st.integers(1, 9)),
+    st.sampled_from([None, ["head"]]),
 )
-def test_config_gives_back_the_arguments(targets, r, alpha, dropout, rslora, ranks):
+def test_config_gives_back_the_arguments(targets, r, alpha, dropout, rslora, ranks, modules_to_save):
     """lora_arguments of lora_config, through JSON, are the arguments that add_lora was called with."""
-    model = nn.ModuleDict({"h": nn.ModuleList(nn.ModuleDict({"up": nn.Linear(2, 2)}) for _ in range(2))})
+    blocks = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(2, 2)}) for _ in range(2))
+    model = nn.ModuleDict({"h": blocks, "head": nn.Linear(2, 2)})
     arguments = dict(targets=targets, r=r, alpha=alpha, dropout=dropout, rslora=rslora, ranks=ranks)
+    arguments["modules_to_save"] = modules_to_save
     lora.add_lora(model, **arguments)
     found = checkpoint.lora_arguments(json.loads(json.dumps(lora.lora_config(model))))
     assert {**found, "targets": tuple(found["targets"])} == {**arguments, "targets": tuple(targets)}
@@ -516,7 +519,8 @@ def test_config_gives_back_the_arguments(targets, r, alpha, dropout, rslora, ran
     "change",
     [
         {"use_dora": True}, {"use_qalora": True}, {"use_bdlora": {"nblocks": 2}}, {"alpha_pattern": {"up": 4}},
-        {"modules_to_save": ["score"]}, {"layers_to_transform": [1]}, {"layer_replication": [[0, 2]]},
+        {"modules_to_save": "score"}, {"modules_to_save": [1]}, {"modules_to_save": [""]},
+        {"layers_to_transform": [1]}, {"layer_replication": [[0, 2]]},
         {"exclude_modules": ["h.0.up"]}, {"target_parameters": ["experts.up"]}, {"trainable_token_indices": [1]},
         {"alora_invocation_tokens": [1]}, {"lora_bias": True}, {"bias": "all"}, {"bias": None},
         {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"r": "4"}, {"r": True}, {"r": 4.0},
@@ -536,6 +540,7 @@ def test_defaults_of_a_config_are_pefts():
     """Fields that a config leaves out have peft's defaults: r 8, alpha 8, no dropout, no rsLoRA."""
     assert checkpoint.lora_arguments({"peft_type": "LORA", "target_modules": ["up"]}) == {
         "targets": ["up"], "r": 8, "alpha": 8, "dropout": 0.0, "ranks": {}, "rslora": False,
+        "modules_to_save": None,
     }  # fmt: skip
 
 
@@ -609,7 +614,7 @@ def test_a_config_of_no_method_is_refused(tmp_path, config):
     "options",
     [
         {"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"bias": "all"},
-        {"modules_to_save": ["lm_head"]}, {"alpha_pattern": {"c_attn": 3}}, {"layers_to_transform": [1]},
+        {"alpha_pattern": {"c_attn": 3}}, {"layers_to_transform": [1]},
         {"trainable_token_indices": [1, 2]}, {"lora_bias": True},
     ],
 )  # fmt: skip
@@ -631,7 +636,7 @@ PROMPT |= {"token_dim", "num_attention_heads", "num_layers"}  # these are seen f
 KNOWN = {
     peft.LoraConfig: {
         "target_modules", "r", "lora_alpha", "lora_dropout", "rank_pattern", "use_rslora", "bias", "init_lora_weights",
-        *checkpoint.UNSUPPORTED,
+        "modules_to_save", *checkpoint.UNSUPPORTED,
         "fan_in_fan_out",  # seen from the layer
         "layers_pattern", "qalora_group_size", "megatron_config", "megatron_core",  # of what is refused, or unused
         "loftq_config", "eva_config", "corda_config", "lora_ga_config",  # of an init, which is refused where it matters

@@ -2,6 +2,7 @@
 """What nanopeft/lora.py claims, against its formulas in fp64 and without another library."""
 
 import copy
+import io
 import math
 import runpy
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
@@ -520,16 +522,21 @@ def test_disabled_gives_the_base_and_then_lora_again(merged):
         assert_same_bits(before, bits(model))
 
 
-def test_merging_while_disabled_is_refused():
-    """merge_lora inside lora_disabled would make the base something else: it is refused, and the base stays."""
+def test_merging_while_disabled_leaves_the_base_inside():
+    """merge_lora inside lora_disabled leaves the base there, to the last bit, and a merged model afterwards."""
     torch.manual_seed(0)
     model = randomize(lora.add_lora(one_layer("linear", 6, 5)))
     x = an_input("linear", 6)
+    before, unmerged = model[0].base_layer(x), model(x)
     with lora.lora_disabled(model):
-        with pytest.raises(lora.Error, match="outside"):
-            lora.merge_lora(model)
-        assert torch.equal(model(x), model[0].base_layer(x))
+        lora.merge_lora(model)
+        assert torch.equal(model(x), before)
     assert_noticeable(model, x)
+    torch.testing.assert_close(model(x), unmerged, rtol=1e-13, atol=1e-13)  # fp64 sums of 6 products and of 8
+    with lora.lora_disabled(model):
+        lora.unmerge_lora(model)
+        assert torch.equal(model(x), before)
+    assert torch.equal(model(x), unmerged)
 
 
 def test_remove_leaves_a_plain_model():
@@ -771,8 +778,12 @@ class Everything(nn.Module):
         ({"targets": ("ln",)}, "h.0.ln is a LayerNorm; LoRA fits on"),
         ({"targets": (r"h.*",)}, "no layer fits"),
         ({"targets": r"h\.[01"}, "is not a regular expression"),
-        ({"targets": ("up", "out_proj")}, "attention.out_proj: nn.MultiheadAttention reads its weight"),
-        ({"targets": "all-linear"}, "attention.out_proj: nn.MultiheadAttention reads its weight"),
+        ({"targets": ("up", "out_proj")}, "attention.out_proj: MultiheadAttention reads its weight"),
+        ({"targets": "all-linear"}, r"attention.out_proj: MultiheadAttention reads its weight.* give targets=\['up'\]"),
+        ({"modules_to_save": "table"}, "modules_to_save='table' must be a list of ends of names"),
+        ({"modules_to_save": ["tabel"]}, r"modules_to_save=\['tabel'\] must be a list"),
+        ({"targets": ("up", "table"), "modules_to_save": [""]}, "no layer fits"),
+        ({"modules_to_save": ["up"]}, "no layer fits"),
     ],
 )
 def test_wrong_arguments_are_refused_and_change_nothing(arguments, message):
@@ -810,6 +821,191 @@ def test_adding_twice_is_refused():
     with pytest.raises(lora.Error, match="LoRA already"):
         lora.add_lora(model, ("table",), r=3)
     assert everything_about(model) == before and lora.lora_config(model) == config
+
+
+# ------------------------------------------------------------------------------------------- layers that do not fit
+
+
+class Reads(nn.Module):
+    """A layer whose weight is read, in one way or another, and called or not."""
+
+    def __init__(self):
+        super().__init__()
+        self.by_hand, self.as_function, self.handed = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.called, self.table, self.ends = nn.Linear(4, 4), nn.Embedding(4, 4), nn.Linear(4, 4)
+        nn.init.zeros_(self.handed.weight)
+
+    def forward(self, x):
+        x = (self.by_hand.weight @ x.t()).t()
+        x = F.linear(x, self.as_function.weight, self.as_function.bias)
+        for layer in (self.handed, self.ends):
+            x = layer(x)
+        x = self.called(x.to(self.called.weight.dtype))
+        return x + F.embedding(torch.arange(len(x)), self.table.weight)
+
+
+class InheritsThem(Reads):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Reads, InheritsThem])
+def test_a_layer_whose_weight_is_read_and_which_is_never_called_is_refused(kind):
+    """Computed with by the model itself, a layer or table is refused; asked for its dtype, or called elsewhere, not."""
+    for target in ("by_hand", "as_function", "table"):
+        with pytest.raises(lora.Error, match=f"{target}: {kind.__name__} reads its weight, never calls it"):
+            lora.add_lora(nn.Sequential(kind()), (target,))
+    torch.manual_seed(0)
+    model = randomize(lora.add_lora(nn.Sequential(kind()), ("handed", "called", "ends"), r=2))
+    model(torch.randn(3, 4)).square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in lora.lora_parameters(model).values())
+
+
+class ScaledEmbedding(nn.Embedding):
+    embed_scale = 3.0
+
+    def forward(self, ids):
+        return super().forward(ids) * self.embed_scale
+
+
+class CountingEmbedding(nn.Embedding):
+    def forward(self, mask, past=0):
+        return super().forward(mask.cumsum(-1) - 1 + past)
+
+
+def test_an_embedding_whose_forward_is_its_own_is_refused():
+    """A table that computes its positions itself is refused; one that only scales what it looks up is not."""
+    with pytest.raises(lora.Error, match="0 is a CountingEmbedding, whose forward is not nn.Embedding's"):
+        lora.add_lora(nn.Sequential(CountingEmbedding(8, 4)), ("0",))
+    torch.manual_seed(0)
+    model = randomize(lora.add_lora(nn.Sequential(ScaledEmbedding(8, 4)).double(), ("0",), r=2))
+    W, update = dense(model[0])
+    ids = torch.randint(8, (3, 5))
+    torch.testing.assert_close(model(ids), 3 * (W + update)[ids], rtol=1e-13, atol=1e-13)  # fp64, 3 terms
+
+
+# ------------------------------------------------------------------------------------------------- modules_to_save
+
+
+def with_a_head():
+    """A table, two layers and a head of two layers, and an input."""
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8, affine=False), nn.Linear(8, 3))
+    body = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8))
+    return nn.Sequential(OrderedDict(body=body, head=head)).eval(), torch.randn(5, 6)
+
+
+def test_modules_to_save_are_trained_in_full_and_saved():
+    """The head's own parameters train beside A and B, all is saved and loaded, and nothing else has a gradient."""
+    base, x = with_a_head()
+    model = lora.add_lora(copy.deepcopy(base), ("0", "2"), r=2, modules_to_save=("head",)).train()
+    assert list(lora.lora_layers(model)) == ["body.0", "body.2"]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    state = lora.lora_state_dict(model)
+    heads = {f"base_model.model.head.{n}": t for n, t in base.head.state_dict().items()}
+    assert {key for key in state if "lora_" not in key} == heads.keys() and len(state) == 4 + len(heads)
+    assert all(not torch.equal(state[key], t) for key, t in heads.items())
+    for name, p in model.named_parameters():
+        assert p.requires_grad == ("lora_" in name or "head.trained" in name) and (p.grad is None) != p.requires_grad
+    other = lora.add_lora(copy.deepcopy(base), ("0", "2"), r=2, modules_to_save=["head"])
+    lora.load_lora_state_dict(other, state)
+    assert torch.equal(other(x), model.eval()(x)) and not torch.allclose(other(x), base(x))
+    clone = copy.deepcopy(model)
+    for p in model.parameters():
+        nn.init.zeros_(p.data)
+    assert torch.equal(clone(x), other(x)) and lora.lora_config(clone)["modules_to_save"] == ["head"]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_disabled_or_removed_the_original_module_comes_back(merged):
+    """Disabled, merged or not, and removed unmerged, the model is the base; removed after a merge, it has the copy."""
+    base, x = with_a_head()
+    model = randomize(lora.add_lora(copy.deepcopy(base), ("0", "2"), r=2, modules_to_save=("head",)))
+    for p in model.head.trained.parameters():
+        nn.init.normal_(p)
+    y, plain = model(x), base(x)
+    assert (y - plain).abs().max() > 0.1 * y.abs().max()
+    if merged:
+        lora.merge_lora(model)
+    with lora.lora_disabled(model):
+        assert torch.equal(model(x), plain)
+    found = model(x)
+    torch.testing.assert_close(found, y, rtol=1e-4, atol=1e-4)  # fp32 sums of 8, four layers
+    lora.remove_lora(model)
+    assert torch.equal(model(x), found if merged else plain)
+    assert model.state_dict().keys() == base.state_dict().keys()
+    assert not any(p.requires_grad for p in model.parameters())
+    assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.up = nn.Embedding(8, 4, padding_idx=0), nn.Linear(4, 4)
+
+    def forward(self, ids):
+        return F.linear(self.up(self.table(ids)), self.table.weight) * (ids != self.table.padding_idx)[..., None]
+
+
+
+def test_a_model_may_read_what_it_saves():
+    """A model that reads the weight of a module in modules_to_save finds the copy's, disabled the original's."""
+    torch.manual_seed(0)
+    base, ids = Tied(), torch.arange(8)
+    model = lora.add_lora(copy.deepcopy(base), ("up",), modules_to_save=("table",))
+    expected = copy.deepcopy(base)
+    nn.init.normal_(expected.table.weight)
+    with torch.no_grad():
+        model.table.weight.copy_(expected.table.weight)
+    assert torch.equal(model(ids), expected(ids))
+    with lora.lora_disabled(model):
+        assert torch.equal(model(ids), base(ids))
+    with pytest.raises(AttributeError, match="nothing"):
+        model.table.nothing  # noqa: B018
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(ids), expected(ids))
+
+
+# ---------------------------------------------------------------------------------------------------- sharded models
+
+
+def test_a_sharded_model_is_neither_saved_nor_merged():
+    """Where a rank has no elements of its parameters, as ZeRO's stage 3 leaves them, the error names whole()."""
+    for wrong in ("lora_B", "lora_A"):
+        model = randomize(lora.add_lora(one_layer("linear", 4, 3), r=2))
+        state = lora.lora_state_dict(model)
+        whole = {p: p.data for p in model.parameters()}
+        for p in whole:
+            p.data = p.data.new_empty(0)
+        getattr(model[0], wrong).data = whole[getattr(model[0], wrong)]  # one is enough
+        load = lambda model, state=state: lora.load_lora_state_dict(model, state)  # noqa: E731
+        for call in (lora.lora_state_dict, lora.merge_lora, load):
+            with pytest.raises(lora.Error, match=r"lora_..weight is sharded.*engine\.whole\(\)"):
+                call(model)
+        assert model[0].unmerged_weight is None
+        for p, data in whole.items():
+            p.data = data
+        assert lora.merge_lora(model)[0].unmerged_weight is not None
+
+
+def test_a_dtensor_is_not_saved(tmp_path):
+    """Under FSDP2 a parameter is a DTensor, of which this rank holds a part: the error names full_tensor()."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        model = randomize(lora.add_lora(one_layer("linear", 4, 3), r=2))
+        fsdp.fully_shard(model, mesh=mesh)
+        for call in (lora.lora_state_dict, lora.merge_lora):
+            with pytest.raises(lora.Error, match=r"sharded.*full_tensor\(\)"):
+                call(model)
+    finally:
+        dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

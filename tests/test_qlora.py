@@ -112,12 +112,13 @@ def test_forward_and_gradients_are_the_equations(kind, n_in, n_out, leading, con
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_storage_and_compute_are_two_types(kind, dtype):
-    """Stored in bytes, dequantized and multiplied in the input's type; A, B and their gradients in fp32."""
+    """Stored in bytes, shown, dequantized and multiplied as floats of the input's type; A, B and gradients in fp32."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96)).to(dtype)
     randomize(qlora.add_qlora(model, quant_type=kind[0], double_quant=kind[1], r=4))
     base = model[0].base_layer
-    assert base.weight.dtype == (torch.int8 if kind[0] == "int8" else torch.uint8)
+    assert base.q.dtype == (torch.int8 if kind[0] == "int8" else torch.uint8)
+    assert base.weight.dtype == model[0].weight.dtype == dtype
     assert base.dequantize(dtype).dtype == dtype and base.bias.dtype == dtype
     x = torch.randn(5, 64).to(dtype).requires_grad_()
     y = model(x)
@@ -161,6 +162,24 @@ def test_a_trained_bias_has_its_gradient():
     assert torch.equal(model[0].bias.grad, dy[0, 0])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_a_model_that_reads_the_weight_finds_floats(kind, conv1d):
+    """F.linear(x, layer.weight) and x.to(layer.weight.dtype) are right, and the shape is the original layer's."""
+    torch.manual_seed(0)
+    layer = Conv1D(48, 32) if conv1d else nn.Linear(32, 48)
+    shape = layer.weight.shape
+    model = qlora.add_qlora(nn.Sequential(layer), ("0",), quant_type=kind[0], double_quant=kind[1])
+    x, read = torch.randn(5, 32, requires_grad=True), model[0].weight
+    y = x @ read + layer.bias if conv1d else F.linear(x, read, layer.bias)
+    assert read.shape == shape and read.device == x.device and x.to(read.dtype) is x
+    assert torch.equal(read.t() if conv1d else read, model[0].base_layer.dequantize(torch.float32))
+    # B = 0: the layer gives x Ŵᵀ + b too; fp32 sums of 32 products
+    torch.testing.assert_close(y, model(x), rtol=1e-5, atol=1e-5)
+    y.sum().backward()
+    assert not read.requires_grad and x.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant):
     """Under checkpointing the gradients are the same bits."""
@@ -184,7 +203,7 @@ def live_storages():
     gc.collect()
     found = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor):
+        if type(thing) in (torch.Tensor, nn.Parameter):  # not the fake ones that torch.compile leaves behind
             found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     return found
 
@@ -347,6 +366,26 @@ def test_a_copied_or_reloaded_model_is_the_same(tmp_path):
     assert torch.equal(other(IDS).logits, y)
 
 
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel, pytest.param(torch.compile, marks=THOROUGH)])
+def test_modules_to_save_keep_16_bits(wrap):
+    """A head in modules_to_save is trained in full and not quantized; merged and removed, the copy stays."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32), nn.Linear(32, 4))
+    model, x = wrap(layers.to(torch.bfloat16)), torch.randn(7, 32, dtype=torch.bfloat16)
+    randomize(qlora.add_qlora(model, modules_to_save=["3"], r=2))
+    bare = lora.unwrap(model)
+    assert len(quantized(model)) == 2 and type(bare[3].trained) is nn.Linear
+    assert {key.split(".")[2] for key in lora.lora_state_dict(model)} == {"0", "2", "3"}
+    y = model(x).float()
+    y.sum().backward()
+    assert bare[3].trained.weight.grad is not None and bare[3].base_layer.weight.grad is None
+    lora.remove_lora(qlora.merge_qlora(model, torch.float32))
+    assert not quantized(model) and type(bare[3]) is nn.Linear
+    # bf16's 8 bits in the activations of three layers, against fp32: some roundings of 2^-9 each
+    merged = bare.float()(x.float())
+    assert (merged - y).norm() <= 0.02 * y.norm()
+
+
 @pytest.mark.parametrize("conv1d", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging_gives_the_dense_model_back(kind, conv1d):
@@ -401,6 +440,42 @@ def test_merging_into_another_type():
         assert torch.equal(model[0].weight, W.to(dtype or torch.bfloat16))  # summed in fp32, rounded once
 
 
+def replace_the_bias(model, bias):
+    model[0].base_layer.bias = nn.Parameter(bias, requires_grad=False)
+
+
+def assign_the_bias(model, bias):
+    model.load_state_dict({**model.state_dict(), "0.base_layer.bias": bias}, assign=True)
+
+
+def train_the_bias(model, bias):
+    with torch.no_grad():
+        model[0].bias.requires_grad_().copy_(bias)
+
+
+def load_as_another_parameter(model, bias):
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model.to(torch.float32)  # gives each layer new parameters
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    train_the_bias(model, bias)
+
+
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize("change", [assign_the_bias, replace_the_bias, train_the_bias, load_as_another_parameter])
+def test_merging_keeps_the_bias_of_the_moment(change, conv1d):
+    """A bias that was loaded, replaced, trained or converted after add_qlora is the merged layer's bias."""
+    torch.manual_seed(0)
+    model = randomize(qlora.add_qlora(nn.Sequential(Conv1D(48, 32) if conv1d else nn.Linear(32, 48)), ("0",), r=4))
+    bias, x = torch.randn(48), torch.randn(7, 32)
+    change(model, bias)
+    y = model(x)
+    lora.remove_lora(qlora.merge_qlora(model))
+    assert torch.equal(model[0].bias, bias)
+    torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)  # fp32 sums of 32 products, and of 4
+
+
 @pytest.mark.parametrize(
     "size, error, left, cosine", [(1e-4, 1.08, 0.016, 0.04), (1e-3, 1.03, 0.28, 0.35), (5e-3, 0.37, 0.99, 0.94)]
 )
@@ -448,7 +523,8 @@ def with_nan():
         (tiny_gpt, dict(r=0), "at least 1"),
         (lambda: tiny_gpt().double(), {}, "float64"),
         (with_nan, {}, r"h\.1\.mlp\.c_proj has inf or NaN"),
-        (lambda: qlora.add_qlora(tiny_gpt()), {}, "has LoRA already"),
+        (lambda: lora.add_lora(tiny_gpt()), {}, "has LoRA already"),
+        (lambda: qlora.add_qlora(tiny_gpt()), {}, "quantized already.*after lora.remove_lora"),
         (lambda: lora.remove_lora(qlora.add_qlora(tiny_gpt())), {}, "quantized already"),
     ],
 )
@@ -471,6 +547,28 @@ def test_casting_afterwards_is_refused():
     model = qlora.add_qlora(nn.Sequential(nn.Linear(64, 64)), quant_type="int8").to(torch.bfloat16)
     with pytest.raises(quant.Error, match="before it is quantized"):
         model(torch.randn(2, 64, dtype=torch.bfloat16))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled(kind):
+    """Under torch.compile a layer, and a model that reads its weight, give the same number as without."""
+
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+        def forward(self, x):
+            return self.down(self.up(x).tanh().to(self.down.weight.dtype)) + F.linear(x, self.up.weight)[..., :32]
+
+    torch.manual_seed(0)
+    model, x = randomize(qlora.add_qlora(Reader(), quant_type=kind[0], double_quant=kind[1], r=2)), torch.randn(5, 32)
+    expected = torch.autograd.grad(model(x).square().sum(), list(lora.lora_parameters(model).values()))
+    compiled = torch.compile(model, backend="aot_eager")
+    found = torch.autograd.grad(compiled(x).square().sum(), list(lora.lora_parameters(model).values()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # fp32 sums of 64 products
 
 
 @pytest.fixture

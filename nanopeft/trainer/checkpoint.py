@@ -283,7 +283,7 @@ def check_targets(targets):
 # What peft's LoRA can do and lora.py does not: each must be absent or empty in a config.
 UNSUPPORTED = (
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "exclude_modules", "kasa_config", "layer_replication",
-    "layers_to_transform", "lora_bias", "modules_to_save", "monteclora_config", "target_parameters",
+    "layers_to_transform", "lora_bias", "monteclora_config", "target_parameters",
     "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora",
 )  # fmt: skip
 
@@ -299,10 +299,13 @@ def lora_arguments(config):
         ("targets", "target_modules", (str, list), None), ("r", "r", (int,), 8),
         ("alpha", "lora_alpha", (int, float), 8), ("dropout", "lora_dropout", (int, float), 0.0),
         ("ranks", "rank_pattern", (dict,), {}), ("rslora", "use_rslora", (bool,), False),
+        ("modules_to_save", "modules_to_save", (list, type(None)), None),
     ]  # fmt: skip
     arguments = read_fields(config, fields)
     for targets in (arguments["targets"], *arguments["ranks"]):
         check_targets(targets)
+    if not all(isinstance(name, str) and name for name in arguments["modules_to_save"] or []):
+        raise Error(f"adapter_config.json: modules_to_save cannot be {arguments['modules_to_save']!r}")
     return arguments
 
 

@@ -12,12 +12,16 @@ import warnings
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
 
-from nanopeft import gpt, lora
+from nanopeft import gpt, lora, qlora
+from nanopeft.trainer import checkpoint
 from nanopeft.trainer.checkpoint import save_gpt
 
 # --------------------------------------------------------------------------------------------------------- small models
@@ -372,6 +376,380 @@ def test_a_merged_gpt_is_a_gpt2_checkpoint(base, tmp_path):
     save_gpt(lora.remove_lora(lora.merge_lora(model)), tmp_path / "merged")
     hf = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "merged")
     assert_close(hf(IDS).logits, expected, 1e-5)  # as above
+
+
+# ------------------------------------------------------------------------------------------------------------- wrappers
+
+
+def checkpoint_blocks(model):
+    for i, block in enumerate(model.transformer.h):
+        model.transformer.h[i] = checkpoint_wrapper(block)
+    return model
+
+
+def compile_blocks(model):
+    for i, block in enumerate(model.transformer.h):
+        model.transformer.h[i] = torch.compile(block, backend="eager")
+    return model
+
+
+def compile_a_layer(model):
+    model.transformer.h[0].attn.c_attn = torch.compile(model.transformer.h[0].attn.c_attn, backend="eager")
+    return model
+
+
+WRAPS = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "compiled blocks": compile_blocks,
+    "checkpointed blocks": checkpoint_blocks,
+    "DataParallel": nn.DataParallel,
+    "DDP": nn.parallel.DistributedDataParallel,
+    "FSDP": lambda model: FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu")),
+    "all of them": lambda model: torch.compile(
+        nn.DataParallel(nn.parallel.DistributedDataParallel(compile_blocks(checkpoint_blocks(model)))), backend="eager"
+    ),
+}
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def in_peft(base, folder):
+    """What peft makes of a saved adapter on the bare model; a warning, as that of missing keys, is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
+        return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+
+
+@pytest.mark.parametrize("wrap", mostly_thorough(WRAPS, ("compiled", "checkpointed blocks", "DDP")))
+def test_a_wrapped_model_has_the_names_of_the_bare_one(wrap, one_rank, tmp_path):
+    """Compiled, checkpointed or in data parallel, a model saves a file that peft opens, and loads one of peft's."""
+    torch.manual_seed(0)
+    base = hf_gpt2().eval()
+    theirs, ours = pair(base, ("c_attn", "mlp.c_proj"), ranks={"h.0.mlp.c_proj": 2})
+    wrapped = WRAPS[wrap](ours)
+    write(wrapped, tmp_path / "ours")
+    opened = in_peft(base, tmp_path / "ours")
+    expected = theirs(IDS).logits
+    assert torch.equal(opened(IDS).logits, expected)
+    assert_close(wrapped(IDS).logits, expected, 1e-5)  # fp32, fused or not
+    assert lora.lora_state_dict(wrapped).keys() == tensors(theirs).keys()
+    assert lora.lora_layers(wrapped).keys() == their_layers(theirs).keys()
+    for p in lora.lora_parameters(wrapped).values():
+        nn.init.zeros_(p.data)
+    lora.load_lora_state_dict(wrapped, {name: p.detach() for name, p in tensors(theirs).items()})
+    assert_close(wrapped(IDS).logits, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    mostly_thorough(
+        [*(w for w in WRAPS if w not in ("DDP", "FSDP", "all of them")), "a compiled layer"],
+        ("checkpointed blocks", "DataParallel"),
+    ),
+)
+def test_lora_goes_onto_a_wrapped_model(wrap):
+    """Targets and ranks mean the bare model's names where it is wrapped already; merged and removed, so it stays."""
+    torch.manual_seed(0)
+    base, regex = hf_gpt2().eval(), r"transformer\.h\.\d\.(attn\.c_attn|mlp\.c_proj)"
+    theirs, _ = pair(base, regex, ranks={r"transformer\.h\.0\.mlp\.c_proj": 2})
+    model = compile_a_layer(copy.deepcopy(base)) if wrap == "a compiled layer" else WRAPS[wrap](copy.deepcopy(base))
+    before = model(IDS).logits
+    lora.add_lora(model, regex, r=4, alpha=8, ranks={r"transformer\.h\.0\.mlp\.c_proj": 2})
+    lora.load_lora_state_dict(model, {name: p.detach() for name, p in tensors(theirs).items()})
+    expected = theirs(IDS).logits
+    assert (expected - before).abs().max() > 0.1 * expected.abs().max()
+    assert_close(model(IDS).logits, expected, 1e-5)
+    assert lora.lora_config(model)["task_type"] == "CAUSAL_LM" and lora.lora_config(model)["fan_in_fan_out"]
+    with lora.lora_disabled(model):
+        assert_close(model(IDS).logits, before, 1e-6)
+    assert_close(lora.merge_lora(model)(IDS).logits, expected, 1e-5)
+    lora.remove_lora(model)
+    assert_close(model(IDS).logits, expected, 1e-5)
+    assert not lora.lora_layers(model)
+
+
+def test_a_module_that_is_named_module_is_no_wrapper(tmp_path):
+    """A child that the user has named `module` keeps its name, in our file as in peft's."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+
+        def forward(self, x):
+            return self.module(x)
+
+    torch.manual_seed(0)
+    base, x = Net(), torch.randn(3, 8)
+    for wrap in (lambda model: model, nn.DataParallel):
+        ours = lora.add_lora(wrap(copy.deepcopy(base)), ("module.2",), r=2)
+        for p in lora.lora_parameters(ours).values():
+            nn.init.normal_(p)
+        assert list(lora.lora_layers(ours)) == ["module.2"]
+        folder = tmp_path / type(ours).__name__
+        write(ours, folder)
+        assert_close(in_peft(base, folder)(x), ours(x), 1e-6)
+        assert not torch.allclose(ours(x), base(x))
+
+
+# ------------------------------------------------------------------------------------------- tasks and modules_to_save
+
+SMALL = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+)
+T5 = dict(d_model=32, d_ff=48, num_layers=1, num_heads=2, d_kv=16, vocab_size=64, decoder_start_token_id=0)
+BART = dict(
+    vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, pad_token_id=0,
+    decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=32, eos_token_id=2,
+)  # fmt: skip
+GPT2 = dict(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2, pad_token_id=0, num_labels=3)
+VIT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+VIT |= dict(image_size=16, patch_size=8)
+WHISPER = dict(
+    d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+    num_mel_bins=8, encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=64, max_source_positions=8,
+    max_target_positions=32,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+)  # fmt: skip
+WAV = dict(
+    SMALL, conv_dim=(8, 8), conv_stride=(4, 4), conv_kernel=(8, 8), num_feat_extract_layers=2, classifier_proj_size=16,
+    num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+)  # fmt: skip
+TOKENS = {"input_ids": torch.tensor([[5, 9, 2, 40], [1, 17, 62, 2]])}
+BOTH = TOKENS | {"decoder_input_ids": torch.tensor([[0, 3, 4], [0, 9, 2]])}
+SOUND = {"input_features": torch.linspace(-1, 1, 2 * 8 * 16).reshape(2, 8, 16)} | {
+    "decoder_input_ids": BOTH["decoder_input_ids"]
+}
+WAVE = {"input_values": torch.linspace(-1, 1, 2 * 400).reshape(2, 400).sin()}
+IMAGE = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 256).reshape(2, 3, 16, 16)}
+# {class: (its sizes, targets, inputs, task_type, its head)}
+TASKS = {
+    "GPT2LMHeadModel": (GPT2, ("c_attn",), TOKENS, "CAUSAL_LM", None),
+    "LlamaForCausalLM": (SMALL, ("q_proj",), TOKENS, "CAUSAL_LM", None),
+    "BartForCausalLM": (BART, ("q_proj",), TOKENS, "CAUSAL_LM", None),
+    "T5ForConditionalGeneration": (T5, ("q", "wo"), BOTH, "SEQ_2_SEQ_LM", None),
+    "WhisperForConditionalGeneration": (WHISPER, ("q_proj",), SOUND, None, None),
+    "GPT2ForSequenceClassification": (GPT2, ("c_attn",), TOKENS, "SEQ_CLS", ["score"]),
+    "LlamaForSequenceClassification": (SMALL, ("q_proj",), TOKENS, "SEQ_CLS", ["score"]),
+    "BertForSequenceClassification": (SMALL, ("query",), TOKENS, "SEQ_CLS", ["classifier"]),
+    "RobertaForSequenceClassification": (SMALL, ("query",), TOKENS, "SEQ_CLS", ["classifier"]),
+    "DistilBertForSequenceClassification": (
+        dict(vocab_size=64, dim=32, hidden_dim=48, n_layers=1, n_heads=2), ("q_lin",), TOKENS, "SEQ_CLS",
+        ["pre_classifier", "classifier"],
+    ),
+    "BartForSequenceClassification": (BART, ("q_proj",), TOKENS, "SEQ_CLS", ["classification_head"]),
+    "BertForTokenClassification": (SMALL, "all-linear", TOKENS, "TOKEN_CLS", ["classifier"]),
+    "BertForQuestionAnswering": (SMALL, "all-linear", TOKENS, "QUESTION_ANS", ["qa_outputs"]),
+    "T5ForQuestionAnswering": (T5, ("q",), BOTH, "QUESTION_ANS", ["qa_outputs"]),
+    "BertModel": (SMALL, ("query",), TOKENS, None, None),
+    "BertForMaskedLM": (SMALL, ("query",), TOKENS, None, None),
+    "ViTForImageClassification": (VIT, "all-linear", IMAGE, None, ["classifier"]),
+    "ViTModel": (VIT, "all-linear", IMAGE, None, None),
+    "Wav2Vec2ForSequenceClassification": (WAV, ("q_proj",), WAVE, None, ["projector", "classifier"]),
+}  # fmt: skip
+
+
+def a_model(name):
+    cls = getattr(transformers, name)
+    torch.manual_seed(0)
+    model = cls(cls.config_class(**TASKS[name][0])).eval()
+    for p in model.parameters():
+        if p.dim() > 1:  # wide enough that attention is far from even
+            nn.init.normal_(p, std=0.2)
+    return model
+
+
+def outputs(model, inputs):
+    """All floating-point tensors that a model returns, one after the other."""
+    with torch.no_grad():
+        found = model(**inputs)
+    return torch.cat([t.flatten() for t in found.values() if torch.is_tensor(t) and t.is_floating_point()])
+
+
+def randomize(model):
+    for p in lora.lora_parameters(model).values():
+        nn.init.normal_(p, std=0.3)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:all-linear passes over")
+@pytest.mark.parametrize(
+    "name",
+    mostly_thorough(
+        TASKS,
+        ("GPT2ForSequenceClassification", "BertForTokenClassification", "T5ForQuestionAnswering", "BertModel",
+         "T5ForConditionalGeneration", "ViTForImageClassification", "WhisperForConditionalGeneration"),
+    ),
+)  # fmt: skip
+def test_each_kind_of_model_opens_in_peft(name, tmp_path):
+    """task_type says what the model is, or null; its head is trained and stored; peft opens it with equal outputs."""
+    _, targets, inputs, task, head = TASKS[name]
+    base = a_model(name)
+    model = randomize(lora.add_lora(copy.deepcopy(base), targets, r=2))
+    config = lora.lora_config(model)
+    assert config["task_type"] == task and config["modules_to_save"] == head
+    assert {p for p in model.parameters() if p.requires_grad} == set(lora.lora_parameters(model).values())
+    expected = outputs(model, inputs)
+    assert (expected - outputs(base, inputs)).abs().max() > 0.01 * expected.abs().max()
+    write(model, tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    assert_close(outputs(theirs, inputs), expected, 1e-5)  # two layers in fp32, another order of additions
+    for key, t in peft.get_peft_model_state_dict(theirs).items():
+        assert torch.equal(t, lora.lora_state_dict(model)[key])
+
+
+@pytest.mark.parametrize(
+    "name",
+    mostly_thorough(
+        [n for n in TASKS if TASKS[n][3] in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and n[:4] != "Bart"],
+        ("GPT2ForSequenceClassification", "BertForQuestionAnswering"),
+    ),
+)
+def test_a_classifier_of_pefts_opens_here(name, tmp_path):
+    """peft's classifier, by its task alone, trains the same tensors; its folder opens here, and merges to the same."""
+    _, targets, inputs, task, _ = TASKS[name]
+    base = a_model(name)
+    targets = ("query",) if targets == "all-linear" else targets  # in which peft takes the head of these two as well
+    config = peft.LoraConfig(task_type=task, target_modules=list(targets), r=2)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    trained = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
+    for p in trained.values():
+        nn.init.normal_(p, std=0.3)
+    theirs.save_pretrained(tmp_path)
+    arguments = checkpoint.lora_arguments(checkpoint.read_adapter(tmp_path)[0])
+    ours = lora.add_lora(copy.deepcopy(base), **arguments)
+    lora.load_lora_state_dict(ours, load_file(tmp_path / "adapter_model.safetensors"))
+    assert len(lora.lora_parameters(ours)) == len(trained)
+    expected = outputs(theirs, inputs)
+    assert_close(outputs(ours, inputs), expected, 1e-5)  # as above
+    with theirs.disable_adapter(), lora.lora_disabled(ours):
+        plain = outputs(base, inputs)
+        assert torch.equal(outputs(ours, inputs), plain) and torch.equal(outputs(theirs, inputs), plain)
+    by_default = lora.add_lora(copy.deepcopy(base), targets, r=2)
+    assert lora.lora_parameters(by_default).keys() == lora.lora_parameters(ours).keys()
+    merged = lora.remove_lora(lora.merge_lora(ours))
+    assert merged.state_dict().keys() == base.state_dict().keys()
+    assert_close(outputs(merged, inputs), outputs(theirs.merge_and_unload(), inputs), 1e-5)
+    assert_close(outputs(merged, inputs), expected, 1e-5)
+
+
+def test_a_head_learns_and_keeps_what_it_learned(tmp_path):
+    """A classifier that was trained to separate its data separates them after reloading too."""
+    torch.manual_seed(0)
+    base = a_model("GPT2ForSequenceClassification").train()
+    model = lora.add_lora(copy.deepcopy(base), ("c_attn",), r=4)
+    ids = torch.randint(1, 64, (24, 6))
+    labels = ids[:, -1] % 3
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(ids, labels=labels).loss.backward()
+        optimizer.step()
+    accuracy = lambda m: (m.eval()(ids).logits.argmax(-1) == labels).float().mean()  # noqa: E731
+    assert accuracy(model) > 0.9
+    write(model, tmp_path / "ours")
+    again = lora.add_lora(copy.deepcopy(base), ("c_attn",), r=4)
+    lora.load_lora_state_dict(again, load_file(tmp_path / "ours" / "adapter_model.safetensors"))
+    assert torch.equal(again.eval()(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_named_embedding_and_head_are_trained_in_full(tied):
+    """modules_to_save with a language model's table and head, tied or not: peft's logits, and the base comes back."""
+    torch.manual_seed(0)
+    base = hf_llama(tied).eval()
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], r=2
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    for p in theirs.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.3)
+    ours = lora.add_lora(copy.deepcopy(base), ("q_proj",), r=2, alpha=8, modules_to_save=("embed_tokens", "lm_head"))
+    state = peft.get_peft_model_state_dict(theirs)
+    lora.load_lora_state_dict(ours, state)
+    assert lora.lora_state_dict(ours).keys() == state.keys() and len(state) == 2 * 2 + 2
+    assert_close(ours(IDS).logits, theirs(IDS).logits, 1e-6)  # two layers in fp32, the same operations
+    merged = lora.remove_lora(lora.merge_lora(copy.deepcopy(ours)))
+    with lora.lora_disabled(ours):
+        assert torch.equal(ours(IDS).logits, base(IDS).logits)
+    assert torch.equal(lora.remove_lora(ours)(IDS).logits, base(IDS).logits)
+    assert ours.state_dict().keys() == base.state_dict().keys()
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+    assert_close(merged(IDS).logits, theirs.merge_and_unload()(IDS).logits, 1e-5)  # fp32, W rounded once more
+
+
+# --------------------------------------------------------------------------------------------- layers that do not fit
+
+
+def mixers(name, **sizes):
+    return tiny(name, num_hidden_layers=1, **sizes)
+
+
+MAMBAS = {
+    "mamba": (dict(state_size=4, time_step_rank=2), "MambaMixer"),
+    "falcon_mamba": (dict(state_size=4, time_step_rank=2), "FalconMambaMixer"),
+    "jamba": (
+        dict(num_key_value_heads=1, attn_layer_offset=1, attn_layer_period=2, mamba_d_state=4, mamba_dt_rank=2,
+             use_mamba_kernels=False, pad_token_id=0, num_experts=1, num_experts_per_tok=1),
+        "JambaMambaMixer",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:all-linear passes over")
+@pytest.mark.parametrize("name", mostly_thorough(MAMBAS, ("mamba", "jamba")))
+def test_a_layer_whose_weight_is_only_read_is_refused(name):
+    """dt_proj of the Mambas is read and never called: LoRA and QLoRA refuse it, named or in all-linear, in one line."""
+    sizes, mixer = MAMBAS[name]
+    for add in (lora.add_lora, qlora.add_qlora):
+        for targets in (("dt_proj", "in_proj"), "all-linear"):
+            model = mixers(name, **sizes)
+            before = {n: (id(p), p.requires_grad) for n, p in model.named_parameters()}
+            with pytest.raises(lora.Error, match=rf"dt_proj: {mixer} reads its weight.*'in_proj'") as caught:
+                add(model, targets)
+            assert "\n" not in str(caught.value)
+            assert {n: (id(p), p.requires_grad) for n, p in model.named_parameters()} == before
+    model = lora.add_lora(mixers(name, **sizes), ("in_proj", "x_proj", "out_proj"), r=2)
+    for p in lora.lora_parameters(model).values():
+        nn.init.normal_(p)
+    model(IDS, labels=IDS, use_cache=False).loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in lora.lora_parameters(model).values())
+
+
+def test_other_layers_that_are_only_read():
+    """MobileBERT's decoder and WavLM's projections are multiplied by hand or in torch's attention: refused as well."""
+    wavlm = transformers.WavLMModel(transformers.WavLMConfig(**WAV))
+    mobile = transformers.MobileBertForMaskedLM(
+        transformers.MobileBertConfig(vocab_size=64, hidden_size=32, intra_bottleneck_size=16, embedding_size=16,
+                                      num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    )  # fmt: skip
+    for model, target in ((wavlm, "q_proj"), (wavlm, "out_proj"), (mobile, "cls.predictions.decoder")):
+        with pytest.raises(lora.Error, match=f"{target.split('.')[-1]}: .* reads its weight"):
+            lora.add_lora(model, (target,))
+
+
+POSITIONS = {
+    "opt": (lambda: tiny("opt", ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=32), "embed_positions"),
+    "bart": (lambda: a_model("BartForSequenceClassification"), "embed_positions"),
+    "whisper": (lambda: a_model("WhisperForConditionalGeneration"), "decoder.embed_positions"),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_an_embedding_that_is_no_lookup_is_refused(name):
+    """Position tables that count their inputs themselves are refused; they would be read at the wrong places."""
+    make, target = POSITIONS[name]
+    with pytest.raises(lora.Error, match=r"embed_positions is a \w+, whose forward is not nn.Embedding's"):
+        lora.add_lora(make(), (target,))
 
 
 # --------------------------------------------------------------------------------------------------------- other layers
