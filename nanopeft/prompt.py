@@ -57,6 +57,8 @@ The whole family in one table: nanopeft/__init__.py
 Paper: The Power of Scale for Parameter-Efficient Prompt Tuning, arXiv 2104.08691, sections 2 (method), 3.2 (ablations).
 """
 
+import copy
+import functools
 import inspect
 import math
 
@@ -81,9 +83,9 @@ class PromptTuning(nn.Module):
 
     def __init__(self, model, n_tokens=20, *, init="vocabulary"):
         super().__init__()
-        self.n_positions = check_model(model, n_tokens)
+        self.n_positions = check_model(unwrapped(model), n_tokens)
         self.n_tokens = self.n_in_front = n_tokens
-        P = initial_prompt(model.get_input_embeddings(), n_tokens, init)  # (n, d)
+        P = initial_prompt(unwrapped(model).get_input_embeddings(), n_tokens, init)  # (n, d)
         self.prompt_embeddings = nn.Parameter(P)
         self.model = model.requires_grad_(False)
         self.prompt_config = {
@@ -97,7 +99,7 @@ class PromptTuning(nn.Module):
 
     def insert(self, ids, x, mask, positions, labels, past):
         """[P ; E[ids]], and mask, positions, labels for it. After the first step of generation P is in the cache."""
-        n, x = self.n_tokens, self.model.get_input_embeddings()(ids) if x is None else x  # (B, T, d)
+        n, x = self.n_tokens, self.base.get_input_embeddings()(ids) if x is None else x  # (B, T, d)
         mask = None if mask is None else F.pad(mask, (n, 0), value=1)  # (B, n + T)
         positions = None if positions is None else positions.expand(len(x), -1) + n  # (B, T)
         if not past:
@@ -114,6 +116,8 @@ class PromptTuning(nn.Module):
         labels=None, **options,
     ):  # fmt: skip
         """The model's call. attention_mask, position_ids and labels are the input tokens', without places for P."""
+        if getattr(past_key_values, "is_compileable", False):
+            raise Error("a static cache has no room for the virtual tokens: leave out cache_implementation")
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         T = check_input(self, input_ids, inputs_embeds, attention_mask, past)
         x, mask, positions, labels = self.insert(input_ids, inputs_embeds, attention_mask, position_ids, labels, past)
@@ -122,7 +126,7 @@ class PromptTuning(nn.Module):
         if torch.is_tensor(options.get("logits_to_keep")):  # places in the input
             options["logits_to_keep"] = options["logits_to_keep"] + x.size(1) - T
         if past_key_values is not None:  # transformers 5.24 renamed it
-            renamed = "cache" in inspect.signature(self.model.forward).parameters
+            renamed = "cache" in inspect.signature(self.base.forward).parameters
             options["cache" if renamed else "past_key_values"] = past_key_values
         out = self.model(inputs_embeds=x, attention_mask=mask, position_ids=positions, labels=labels, **options)
         if out.logits is not None:
@@ -132,19 +136,41 @@ class PromptTuning(nn.Module):
             out.logits = logits
         return out
 
-    def generate(self, input_ids, max_new_tokens=64, *, attention_mask=None, **options):
-        """input_ids and max_new_tokens more (whatever a generation_config says), by the model's own generate."""
-        if not hasattr(self.model, "prepare_inputs_for_generation"):
+    def generate(self, input_ids, max_new_tokens=None, **options):
+        """The base's own generate, with its options and defaults; lengths count input_ids and the new tokens, not P."""
+        check_input(self, input_ids, None, options.get("attention_mask"), more=(max_new_tokens or 1) - 1)
+        base = self.base
+        if max_new_tokens is not None:
+            options["max_new_tokens"] = max_new_tokens
+        if not hasattr(base, "generation_config"):
             # Not transformers': a loop around the call, for which this module is as good as the model
-            return type(self.model).generate(self, input_ids, max_new_tokens, attention_mask=attention_mask, **options)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        check_input(self, input_ids, None, mask, more=max_new_tokens - 1)  # the last new token is not read
-        x, mask, _, _ = self.insert(input_ids, None, mask, None, None, past=0)
-        options |= dict(inputs_embeds=x, attention_mask=mask, max_new_tokens=max_new_tokens)
-        return self.model.generate(input_ids=input_ids, **options)
+            return type(base).generate(self, input_ids, **options)
+        if "past_key_values" not in inspect.signature(base.forward).parameters:
+            options["use_cache"] = False  # of a recurrent state it is not known whether it has read P
+        # On a shallow copy, which shares the weights, and calls `self` where it would call the model
+        caller = copy.copy(base)
+        caller.forward = functools.wraps(base.forward)(lambda **inputs: self(**inputs))
+        caller._forward_pre_hooks = caller._forward_hooks = {}  # `self` runs the model's own
+        return caller.generate(input_ids, **options)
 
-    config = property(lambda self: getattr(self.model, "config", None))
-    device = property(lambda self: self.model.get_input_embeddings().weight.device)
+    def state_dict(self, *, prefix="", **options):
+        """A tied weight is stored twice: transformers' Trainer saves by safetensors, which refuses shared memory."""
+        state = super().state_dict(prefix=prefix, **options)
+        tied = dict(self.named_parameters(remove_duplicate=False)).keys() - dict(self.named_parameters()).keys()
+        for key in {prefix + name for name in tied} & state.keys():
+            state[key] = state[key].clone()
+        return state
+
+    def __getattr__(self, name):  # what a training loop asks for; save_pretrained would leave out P
+        names = "config", "device", "activation_checkpointing_enable", "gradient_checkpointing_enable"
+        return getattr(self.base, name) if name in names else super().__getattr__(name)
+
+    base = property(lambda self: unwrapped(self.model))
+
+    @property
+    def accepts_loss_kwargs(self):  # whether Trainer may give num_items_in_batch
+        takes = inspect.signature(self.base.forward).parameters
+        return getattr(self.base, "accepts_loss_kwargs", "kwargs" in takes)
 
 
 def initial_prompt(embedding, n, init):
@@ -165,21 +191,37 @@ def initial_prompt(embedding, n, init):
 @torch.no_grad()
 def prompt_state_dict(model):
     """What was trained, under peft's name: the content of adapter_model.safetensors."""
-    return {"prompt_embeddings": model.virtual_tokens().detach()}
+    return {"prompt_embeddings": whole(model).virtual_tokens().detach()}
 
 
 @torch.no_grad()
 def load_prompt_state_dict(model, state):
     """The reverse. Error, with nothing loaded, if the two do not fit."""
-    model.prompt_embeddings.copy_(fitting_prompt(model, state))
+    whole(model).prompt_embeddings.copy_(fitting_prompt(model, state))
 
 
 def prompt_config(model):
     """The adapter_config.json that goes with prompt_state_dict."""
-    return dict(model.prompt_config)
+    return dict(unwrapped(model).prompt_config)
 
 
 # ------------------------------------------------------------------------------------------------------------ plumbing
+
+
+def unwrapped(model):
+    """The model inside torch.compile, DDP, DataParallel, FSDP or a checkpoint wrapper, in any order."""
+    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    names = "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module" if parallel else None
+    inner = next((model._modules[name] for name in names if name in model._modules), None)
+    return model if inner is None else unwrapped(inner)
+
+
+def whole(model):
+    """The same, and Error if ZeRO keeps the trained numbers elsewhere."""
+    model = unwrapped(model)
+    if any(p.requires_grad and p.shape == (0,) for p in model.parameters()):
+        raise Error("the parameters are sharded, and here have no elements: do this inside `with engine.whole():`")
+    return model
 
 
 def check_model(model, n_tokens, least=1):
@@ -224,6 +266,7 @@ def left_pads_first(n, x, mask, positions, labels):
 
 def fitting_prompt(model, state):
     """The tensor of a state dict, if it can be the model's P."""
+    model = whole(model)
     shape = model.n_tokens, model.prompt_config["token_dim"]
     P, found = state.get("prompt_embeddings"), {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
     if len(state) != 1 or P is None or P.shape != shape or not P.is_floating_point() or P.element_size() < 2:
