@@ -128,8 +128,8 @@ class PrefixTuning(nn.Module):
 
     def __init__(self, model, n_tokens=20, *, hidden=None, init="vocabulary"):
         super().__init__()
-        self.model, self.n_tokens = model, n_tokens
-        self.takes = set(inspect.signature(self.base.forward).parameters)
+        model = bare(model)
+        self.model, self.n_tokens, self.takes = model, n_tokens, set(inspect.signature(model.forward).parameters)
         self.cache_name = "past_key_values" if "past_key_values" in self.takes else "cache"  # from transformers 5.24 on
         ids = check_arguments(self, hidden, init)
         start, self.empty_cache = keys_and_values(model, ids, self.cache_name)  # (2 L, H, n, h)
@@ -156,7 +156,7 @@ class PrefixTuning(nn.Module):
 
     def put_prefix_into(self, cache, B):
         """Gives each layer its P_K and P_V (B, H, n, h), the same in all B rows, as if the model had read n tokens."""
-        P = self.prefix().to(self.base.get_input_embeddings().weight.dtype)  # (n, 2 L w)
+        P = self.prefix().to(self.model.get_input_embeddings().weight.dtype)  # (n, 2 L w)
         P = P.view(self.n_tokens, -1, self.n_head, self.head_dim).permute(1, 2, 0, 3).expand(B, -1, -1, -1, -1)
         for layer in range(self.n_layer):  # P (B, 2 L, H, n, h) is not copied for each row: a cache only reads it
             cache.update(P[:, 2 * layer], P[:, 2 * layer + 1], layer)
@@ -194,7 +194,7 @@ class PrefixTuning(nn.Module):
 
         Prompts of unequal length: padded on the left, with attention_mask=.
         """
-        base = self.base
+        base = self.model
         if max_new_tokens is not None:
             options["max_new_tokens"] = max_new_tokens
             mask = options.get("attention_mask")
@@ -218,11 +218,10 @@ class PrefixTuning(nn.Module):
 
     def __getattr__(self, name):  # what a training loop asks for; save_pretrained would leave out the prefix
         names = "config", "device", "loss_type", "activation_checkpointing_enable", "gradient_checkpointing_enable"
-        return getattr(self.base, name) if name in names else super().__getattr__(name)
+        return getattr(self.model, name) if name in names else super().__getattr__(name)
 
-    base = property(lambda self: unwrapped(self.model))
     # Whether Trainer may give num_items_in_batch
-    accepts_loss_kwargs = property(lambda self: getattr(self.base, "accepts_loss_kwargs", "kwargs" in self.takes))
+    accepts_loss_kwargs = property(lambda self: getattr(self.model, "accepts_loss_kwargs", "kwargs" in self.takes))
 
 
 # ----------------------------------------------------------------------------------------------------------------- use
@@ -231,7 +230,7 @@ class PrefixTuning(nn.Module):
 @torch.no_grad()
 def fold_prefix(model):
     """Discards the reparametrization: P is computed once and kept, E and the MLP go. Without an MLP nothing changes."""
-    inner = whole(model)
+    inner = bare(model)
     if inner.mlp is not None:
         inner.prompt_embeddings = nn.Parameter(inner.prefix().clone())
         inner.E = inner.mlp = None
@@ -240,13 +239,13 @@ def fold_prefix(model):
 
 def prefix_state_dict(model):
     """P, from an MLP or not, under peft's name: the content of adapter_model.safetensors."""
-    return {"prompt_embeddings": whole(model).prefix().detach()}
+    return {"prompt_embeddings": bare(model).prefix().detach()}
 
 
 @torch.no_grad()
 def load_prefix_state_dict(model, state):
     """Loads P into a PrefixTuning without an MLP. Error, with nothing loaded, if the two do not fit."""
-    model = whole(model)
+    model = bare(model)
     if model.mlp is not None:
         raise Error("a file holds the prefix, from which no MLP can be found: fold_prefix(model) first")
     own, found = model.prompt_embeddings, state.get("prompt_embeddings", torch.empty(0))
@@ -258,7 +257,7 @@ def load_prefix_state_dict(model, state):
 
 def prefix_config(model):
     """The adapter_config.json that goes with it. In peft's words, the MLP is a "projection", and none is left."""
-    model = unwrapped(model)
+    model = bare(model)
     width = model.n_head * model.head_dim
     return dict(
         peft_type="PREFIX_TUNING", task_type="CAUSAL_LM", num_virtual_tokens=model.n_tokens, token_dim=width,
@@ -270,17 +269,12 @@ def prefix_config(model):
 # ------------------------------------------------------------------------------------------------------------ plumbing
 
 
-def unwrapped(model):
+def bare(model):
     """The model inside torch.compile, DDP, DataParallel, FSDP or a checkpoint wrapper, in any order."""
     parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    names = "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module" if parallel else None
-    inner = next((model._modules[name] for name in names if name in model._modules), None)
-    return model if inner is None else unwrapped(inner)
-
-
-def whole(model):
-    """The same, and Error if ZeRO keeps the trained numbers elsewhere."""
-    model = unwrapped(model)
+    for name in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module" if parallel else None):
+        if name in model._modules:
+            return bare(model._modules[name])
     if any(p.requires_grad and p.shape == (0,) for p in model.parameters()):
         raise Error("the parameters are sharded, and here have no elements: do this inside `with engine.whole():`")
     return model
@@ -288,7 +282,7 @@ def whole(model):
 
 def check_arguments(tuned, hidden, init):
     """The n token ids to start from."""
-    model, n = tuned.base, tuned.n_tokens
+    model, n = tuned.model, tuned.n_tokens
     for name, size in (("n_tokens", n), ("hidden", 1 if hidden is None else hidden)):
         if type(size) is not int or size < 1:
             raise Error(f"{name} must be a whole number of at least 1, not {size!r}")
@@ -305,7 +299,7 @@ def check_arguments(tuned, hidden, init):
 
 
 def check_call(tuned, end, position_ids=None):
-    model, n, config = tuned.base, tuned.n_tokens, getattr(tuned.base, "config", None)
+    model, n, config = tuned.model, tuned.n_tokens, getattr(tuned.model, "config", None)
     limit = getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None) or math.inf
     if end > limit and position_ids is not None:
         end = int(position_ids.max()) + 1  # padding takes no position

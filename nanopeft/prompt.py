@@ -83,9 +83,10 @@ class PromptTuning(nn.Module):
 
     def __init__(self, model, n_tokens=20, *, init="vocabulary"):
         super().__init__()
-        self.n_positions = check_model(unwrapped(model), n_tokens)
+        model = bare(model)
+        self.n_positions = check_model(model, n_tokens)
         self.n_tokens = self.n_in_front = n_tokens
-        P = initial_prompt(unwrapped(model).get_input_embeddings(), n_tokens, init)  # (n, d)
+        P = initial_prompt(model.get_input_embeddings(), n_tokens, init)  # (n, d)
         self.prompt_embeddings = nn.Parameter(P)
         self.model = model.requires_grad_(False)
         self.prompt_config = {
@@ -99,7 +100,7 @@ class PromptTuning(nn.Module):
 
     def insert(self, ids, x, mask, positions, labels, past):
         """[P ; E[ids]], and mask, positions, labels for it. After the first step of generation P is in the cache."""
-        n, x = self.n_tokens, self.base.get_input_embeddings()(ids) if x is None else x  # (B, T, d)
+        n, x = self.n_tokens, self.model.get_input_embeddings()(ids) if x is None else x  # (B, T, d)
         mask = None if mask is None else F.pad(mask, (n, 0), value=1)  # (B, n + T)
         positions = None if positions is None else positions.expand(len(x), -1) + n  # (B, T)
         if not past:
@@ -126,7 +127,7 @@ class PromptTuning(nn.Module):
         if torch.is_tensor(options.get("logits_to_keep")):  # places in the input
             options["logits_to_keep"] = options["logits_to_keep"] + x.size(1) - T
         if past_key_values is not None:  # transformers 5.24 renamed it
-            renamed = "cache" in inspect.signature(self.base.forward).parameters
+            renamed = "cache" in inspect.signature(self.model.forward).parameters
             options["cache" if renamed else "past_key_values"] = past_key_values
         out = self.model(inputs_embeds=x, attention_mask=mask, position_ids=positions, labels=labels, **options)
         if out.logits is not None:
@@ -139,7 +140,7 @@ class PromptTuning(nn.Module):
     def generate(self, input_ids, max_new_tokens=None, **options):
         """The base's own generate, with its options and defaults; lengths count input_ids and the new tokens, not P."""
         check_input(self, input_ids, None, options.get("attention_mask"), more=(max_new_tokens or 1) - 1)
-        base = self.base
+        base = self.model
         if max_new_tokens is not None:
             options["max_new_tokens"] = max_new_tokens
         if not hasattr(base, "generation_config"):
@@ -163,14 +164,13 @@ class PromptTuning(nn.Module):
 
     def __getattr__(self, name):  # what a training loop asks for; save_pretrained would leave out P
         names = "config", "device", "activation_checkpointing_enable", "gradient_checkpointing_enable"
-        return getattr(self.base, name) if name in names else super().__getattr__(name)
+        return getattr(self.model, name) if name in names else super().__getattr__(name)
 
-    base = property(lambda self: unwrapped(self.model))
 
     @property
     def accepts_loss_kwargs(self):  # whether Trainer may give num_items_in_batch
-        takes = inspect.signature(self.base.forward).parameters
-        return getattr(self.base, "accepts_loss_kwargs", "kwargs" in takes)
+        takes = inspect.signature(self.model.forward).parameters
+        return getattr(self.model, "accepts_loss_kwargs", "kwargs" in takes)
 
 
 def initial_prompt(embedding, n, init):
@@ -191,34 +191,29 @@ def initial_prompt(embedding, n, init):
 @torch.no_grad()
 def prompt_state_dict(model):
     """What was trained, under peft's name: the content of adapter_model.safetensors."""
-    return {"prompt_embeddings": whole(model).virtual_tokens().detach()}
+    return {"prompt_embeddings": bare(model).virtual_tokens().detach()}
 
 
 @torch.no_grad()
 def load_prompt_state_dict(model, state):
     """The reverse. Error, with nothing loaded, if the two do not fit."""
-    whole(model).prompt_embeddings.copy_(fitting_prompt(model, state))
+    bare(model).prompt_embeddings.copy_(fitting_prompt(model, state))
 
 
 def prompt_config(model):
     """The adapter_config.json that goes with prompt_state_dict."""
-    return dict(unwrapped(model).prompt_config)
+    return dict(bare(model).prompt_config)
 
 
 # ------------------------------------------------------------------------------------------------------------ plumbing
 
 
-def unwrapped(model):
+def bare(model):
     """The model inside torch.compile, DDP, DataParallel, FSDP or a checkpoint wrapper, in any order."""
     parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    names = "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module" if parallel else None
-    inner = next((model._modules[name] for name in names if name in model._modules), None)
-    return model if inner is None else unwrapped(inner)
-
-
-def whole(model):
-    """The same, and Error if ZeRO keeps the trained numbers elsewhere."""
-    model = unwrapped(model)
+    for name in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module" if parallel else None):
+        if name in model._modules:
+            return bare(model._modules[name])
     if any(p.requires_grad and p.shape == (0,) for p in model.parameters()):
         raise Error("the parameters are sharded, and here have no elements: do this inside `with engine.whole():`")
     return model
@@ -266,7 +261,7 @@ def left_pads_first(n, x, mask, positions, labels):
 
 def fitting_prompt(model, state):
     """The tensor of a state dict, if it can be the model's P."""
-    model = whole(model)
+    model = bare(model)
     shape = model.n_tokens, model.prompt_config["token_dim"]
     P, found = state.get("prompt_embeddings"), {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
     if len(state) != 1 or P is None or P.shape != shape or not P.is_floating_point() or P.element_size() < 2:

@@ -128,8 +128,9 @@ class PTuning(prompt.PromptTuning):
             n, least = len(apply_template(template, [], lambda text: [], None)), 0
             if n_tokens not in (None, n):
                 raise Error(f"the template has {n} virtual tokens, and n_tokens is {n_tokens}: leave it out")
-        self.n_positions = prompt.check_model(prompt.unwrapped(model), n, least)
-        weight = prompt.unwrapped(model).get_input_embeddings().weight
+        model = prompt.bare(model)
+        self.n_positions = prompt.check_model(model, n, least)
+        weight = model.get_input_embeddings().weight
         V, d = weight.shape
         pseudo_id = V if pseudo_id is None and template is not None else pseudo_id
         hidden = (max(1, d // 2) if encoder == "lstm" else d) if hidden is None else hidden
@@ -157,7 +158,7 @@ class PTuning(prompt.PromptTuning):
 
     def generate(self, input_ids, max_new_tokens=None, **options):
         reads_ids = {"no_repeat_ngram_size", "prompt_lookup_num_tokens", "repetition_penalty"} & options.keys()
-        if reads_ids and (self.pseudo_id or 0) >= len(self.base.get_input_embeddings().weight):
+        if reads_ids and (self.pseudo_id or 0) >= len(self.model.get_input_embeddings().weight):
             raise Error(f"{min(reads_ids)} needs ids of the vocabulary: PTuning(model, pseudo_id=one that no text has)")
         return super().generate(input_ids, max_new_tokens, **options)
 
@@ -179,7 +180,7 @@ class PTuning(prompt.PromptTuning):
             if (is_virtual.sum(1) != n).any():
                 found = f"{n} virtual tokens, not {is_virtual.sum(1).tolist()}"
                 raise Error(f"each row must have {found}: in the first step all, and cut a long source beforehand")
-            x = self.base.get_input_embeddings()(ids.masked_fill(is_virtual, 0))  # (B, T, d); V has no row in E
+            x = self.model.get_input_embeddings()(ids.masked_fill(is_virtual, 0))  # (B, T, d); V has no row in E
             if not past:
                 P = self.virtual_tokens().expand(len(x), -1, -1).to(x.dtype)  # (B, n, d)
                 x = x.masked_scatter(is_virtual[..., None], P)  # (B, T, d)
@@ -191,7 +192,7 @@ class PTuning(prompt.PromptTuning):
 @torch.no_grad()
 def fold_ptuning(model):
     """Evaluates the encoder once and discards it: what the model infers (under no_grad) is the same, bit for bit."""
-    inner = prompt.whole(model)
+    inner = prompt.bare(model)
     if inner.encoder is not None:
         inner.prompt_embeddings, inner.encoder = nn.Parameter(inner.virtual_tokens().clone()), None
     return model
@@ -205,7 +206,7 @@ ptuning_config = prompt.prompt_config  # the adapter_config.json that goes with 
 def load_ptuning_state_dict(model, state):
     """The reverse, which leaves the model folded. Error, with nothing loaded, if the two do not fit."""
     P = prompt.fitting_prompt(model, state)
-    prompt.unwrapped(fold_ptuning(model)).prompt_embeddings.copy_(P)
+    prompt.bare(fold_ptuning(model)).prompt_embeddings.copy_(P)
 
 
 # ------------------------------------------------------------------------------------------------------------ plumbing

@@ -2,13 +2,14 @@
 """PromptTuning, PTuning and PrefixTuning in place of transformers' models: generate, Trainer, and what wraps them."""
 
 import copy
+import json
 
 import peft
 import pytest
 import torch
 import torch.nn as nn
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from nanopeft import gpt, prefix, prompt, ptuning
@@ -39,7 +40,7 @@ def tiny(name="gpt2", **more):
 def p_tuning(model, n=N, init=None):
     model = ptuning.PTuning(model, n, encoder="mlp")
     if init is not None:
-        P = model.base.get_input_embeddings().weight[init].detach()
+        P = model.model.get_input_embeddings().weight[init].detach()
         ptuning.load_ptuning_state_dict(model, {"prompt_embeddings": P})
     return model
 
@@ -243,7 +244,7 @@ def test_state_dicts_are_whole_and_hold_no_shared_memory():
         assert other.load_state_dict(state) and torch.equal(other.eval()(IDS).logits, model(IDS).logits)
         clone = copy.deepcopy(model)
         assert torch.equal(clone(IDS).logits, model(IDS).logits)
-        assert clone.base.lm_head.weight is clone.base.transformer.wte.weight
+        assert clone.model.lm_head.weight is clone.model.transformer.wte.weight
 
 
 @pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=thorough)])
@@ -273,7 +274,7 @@ def test_trainer_trains_saves_and_goes_on(kind, name, tmp_path):
     saved = load_file(tmp_path / "end" / "model.safetensors")
     state = one.state_dict()
     assert saved.keys() == state.keys() and all(torch.equal(t, saved[key]) for key, t in state.items())
-    assert all(torch.equal(p, q) for p, q in zip(tiny(name).parameters(), one.base.parameters(), strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(tiny(name).parameters(), one.model.parameters(), strict=True))
 
 
 @each
@@ -346,3 +347,68 @@ def test_a_gpt_of_ours_in_trainer(tmp_path):
         model = WRAPPERS[kind](base, N)
         trainer = transformers.Trainer(model, arguments(tmp_path / kind), train_dataset=ROWS)
         assert trainer.train().training_loss > 0 and trainer.evaluate(ROWS)["eval_loss"] > 0
+
+
+# ------------------------------------------------------------------------------------------------------ what wraps them
+
+
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory):
+    """A group of this process alone, which DDP needs."""
+    store = tmp_path_factory.mktemp("store") / "file"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+WRAPS = {
+    "DDP": nn.parallel.DistributedDataParallel,
+    "DataParallel": nn.DataParallel,
+    "compile": compiled,
+    "checkpoint": checkpoint_wrapper,
+    "compile of DDP of checkpoint": lambda model: compiled(
+        nn.parallel.DistributedDataParallel(checkpoint_wrapper(model))
+    ),
+}
+
+
+@pytest.mark.parametrize("wrap", [pytest.param(wrap, marks=[thorough] * ("comp" in wrap)) for wrap in WRAPS])
+@each
+def test_files_of_wrapped_models(kind, wrap, process_group, tmp_path):
+    """Whatever wraps the model or the tuned one, peft opens what is saved, with the same logits, and it loads back."""
+    state_dict, load, config = STATES[kind]
+    base = tiny()
+    for name, outer in (
+        ("before", WRAPPERS[kind](WRAPS[wrap](copy.deepcopy(base).requires_grad_(True)), N).eval()),
+        ("after", WRAPS[wrap](WRAPPERS[kind](copy.deepcopy(base), N)).eval()),
+    ):
+        if kind == "ptuning":
+            ptuning.fold_ptuning(outer)
+        width = state_dict(outer)["prompt_embeddings"].size(1)
+        load(outer, {"prompt_embeddings": torch.randn(N, width, generator=torch.manual_seed(5))})
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file(state_dict(outer), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "adapter_config.json").write_text(json.dumps(config(outer)))
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+        logits = theirs(IDS).logits[:, 0 if kind == "prefix" else N :]
+        found = outer(IDS).logits
+        assert (found - logits).abs().max() <= 1e-6 * logits.abs().max()  # sums may be split among threads
+        assert (found - base(IDS).logits).abs().max() >= 0.1 * logits.abs().max()
+
+
+@each
+def test_sharded_parameters_are_not_stored_empty(kind):
+    """Parameters without elements, as ZeRO leaves them between steps, are neither stored nor loaded: see whole()."""
+    state_dict, load, _ = STATES[kind]
+    model = WRAPPERS[kind](tiny(), N)
+    state = {"prompt_embeddings": torch.zeros(N, 128 if kind == "prefix" else 32)}
+    for p in model.parameters():
+        p.data = p.data.new_empty(0)
+    for call in (lambda: state_dict(model), lambda: load(model, state)):
+        with pytest.raises((prompt.Error, prefix.Error), match="sharded.*engine.whole"):
+            call()
