@@ -62,13 +62,9 @@ Pitfalls:
   - Training cannot go on through the MLP from the stored P. For that, keep E and the MLP.
   - A sliding window (Mistral, Gemma) slides past the prefix: in a longer text, later tokens no longer see it.
   - MPT measures distance in the cache, padding included: there a padded row differs from the row alone. Do not pad.
-Relatives:
-  - Prompt tuning: n trained embeddings before the input. Every layer computes its keys and values from them.
-  - P-tuning v1: such embeddings anywhere in the input, computed by an LSTM or MLP.
+Relatives, all in one table in nanopeft/__init__.py:
   - P-tuning v2: this, mostly without the MLP, and with a classifier on top, for language understanding.
   - Adapters: new layers in series. The gated form is an adapter in parallel: bottleneck n, softmax as nonlinearity.
-  - LoRA: changes weights. Once merged it costs no time and no context.
-The whole family in one table: nanopeft/__init__.py
 
 Papers: arXiv 2101.00190, eq. 3, section 4.3 (MLP); gated form 2110.04366, eq. 7-9; P-tuning v2 2110.07602, section 3.2
 """
@@ -288,6 +284,10 @@ def check_arguments(tuned, hidden, init):
             raise Error(f"{name} must be a whole number of at least 1, not {size!r}")
     if any(isinstance(m, PrefixTuning) for m in model.modules()):
         raise Error("the model has a prefix already: wrap the model inside it, or ask for more tokens")
+    tables = [m for name, m in model.named_modules() if "position" in name and isinstance(m, nn.Embedding)]
+    headless = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None
+    if headless or any(table.padding_idx is not None for table in tables):
+        raise Error(f"{type(model).__name__} has no language model's head, or counts positions from padding_idx on")
     if isinstance(init, str) and init not in ("vocabulary", "random"):
         raise Error(f"init must be vocabulary, random or {n} token ids, not {init!r}")
     check_call(tuned, n + 1)

@@ -50,9 +50,7 @@ Pitfalls
 * Left padding must stay in front, [pads ; P ; E[ids]]. Between P and the text, sliding windows, MPT and Mamba would
   count it, and a pad would predict the first token.
 
-Compared with related methods: P-tuning (ptuning.py) makes its virtual tokens by an encoder and places them anywhere in
-the input; prefix-tuning (prefix.py) and P-tuning v2 train keys and values in every layer; LoRA changes the weights.
-The whole family in one table: nanopeft/__init__.py
+The whole family, with P-tuning, prefix-tuning and LoRA, in one table: nanopeft/__init__.py
 
 Paper: The Power of Scale for Parameter-Efficient Prompt Tuning, arXiv 2104.08691, sections 2 (method), 3.2 (ablations).
 """
@@ -168,9 +166,8 @@ class PromptTuning(nn.Module):
 
 
     @property
-    def accepts_loss_kwargs(self):  # whether Trainer may give num_items_in_batch
-        takes = inspect.signature(self.model.forward).parameters
-        return getattr(self.model, "accepts_loss_kwargs", "kwargs" in takes)
+    def accepts_loss_kwargs(self):  # whether Trainer may give num_items_in_batch, as to all models of transformers
+        return getattr(self.model, "accepts_loss_kwargs", hasattr(self.model, "loss_type"))
 
 
 def initial_prompt(embedding, n, init):
@@ -225,6 +222,9 @@ def check_model(model, n_tokens, least=1):
     if hasattr(model, "n_tokens"):
         raise Error(f"the model is a {name} already: wrap the model inside of it")
     headless = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None
+    tables = [m for n, m in model.named_modules() if "position" in n and isinstance(m, nn.Embedding)]
+    if any(table.padding_idx is not None for table in tables):
+        raise Error(f"{name} counts positions from its padding_idx on, where none is left for P: take another model")
     if headless or getattr(config, "is_encoder_decoder", False) or getattr(config, "hidden_size_per_layer_input", 0):
         raise Error(f"{name} is an encoder-decoder, has no head, or looks ids up in every layer: take a causal LM")
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or math.inf
@@ -289,5 +289,3 @@ if __name__ == "__main__":
         optimizer.step()
     same = all(map(torch.equal, before, base.parameters()))
     print(f"60 steps on P alone: loss {losses[0]:.2f} to {losses[-1]:.2f}; the base is the same, bit for bit: {same}")
-    p, N = 20 * 768, 124_439_808
-    print(f"GPT-2: {p:,} of {N:,} parameters, {p / N:.3%}; for training {12 * p:,} bytes more, not {12 * N:,}")

@@ -55,9 +55,7 @@ Pitfalls
 * Generated rows begin with the input's ids: drop pseudo_id, the V above, before decoding.
 * The encoder is not stored. After fold_ptuning or loading, training goes on with P itself, as in prompt tuning.
 
-Compared with related methods: prompt tuning (prompt.py) trains P directly and puts it in front; prefix-tuning
-(prefix.py, for generation) and P-tuning v2 (for classification and tagging) train keys and values in every layer; LoRA
-(lora.py) changes the weights. The whole family in one table: nanopeft/__init__.py
+The whole family, with prompt tuning, prefix-tuning and LoRA, in one table: nanopeft/__init__.py
 
 Papers: P-tuning (GPT Understands, Too), arXiv 2103.10385, section 3; P-tuning v2, arXiv 2110.07602.
 """

@@ -412,3 +412,33 @@ def test_sharded_parameters_are_not_stored_empty(kind):
     for call in (lambda: state_dict(model), lambda: load(model, state)):
         with pytest.raises((prompt.Error, prefix.Error), match="sharded.*engine.whole"):
             call()
+
+
+# ---------------------------------------------------------------------------------------------- models that are refused
+
+
+@pytest.mark.parametrize(
+    "name", ["RobertaForCausalLM", "CamembertForCausalLM", "Data2VecTextForCausalLM", "XLMRobertaForCausalLM"]
+)
+@each
+def test_positions_that_start_after_the_pads_id_are_refused(kind, name):
+    """RoBERTa and its kin count positions from padding_idx + 1 on, unless they are given: refused in one line."""
+    cls = getattr(transformers, name)
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, vocab_size=64)
+    base = cls(cls.config_class(is_decoder=True, pad_token_id=1, bos_token_id=0, eos_token_id=2, **sizes))
+    with pytest.raises((prompt.Error, prefix.Error), match=f"{name} .*counts positions from"):
+        WRAPPERS[kind](base, N)
+    assert all(p.requires_grad for p in base.parameters())
+
+
+@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification"])
+@pytest.mark.parametrize("name", ["GPT2", "Bert"])
+@each
+def test_classifiers_are_refused(kind, name, task):
+    """A classifier has no language model's head, and its own would neither be trained nor stored: refused in a line."""
+    cls = getattr(transformers, f"{name}For{task}")
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=64, pad_token_id=0)
+    base = cls(cls.config_class(bos_token_id=1, eos_token_id=2, **sizes))
+    with pytest.raises((prompt.Error, prefix.Error), match=f"{cls.__name__} .*no .*head") as caught:
+        WRAPPERS[kind](base, N)
+    assert "\n" not in str(caught.value) and all(p.requires_grad for p in base.parameters())
