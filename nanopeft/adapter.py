@@ -53,8 +53,7 @@ unmerged model and latency at small batches does not matter. Fusion, where adapt
 target task has little data: there its paper gained most, and elsewhere little over one adapter.
 Pitfalls: cast the model before add_adapter, not after, or the adapters are cast too. Add fusion_penalty to the loss. A
 new head is frozen and not stored, unless modules_to_save names it. With [P] or fusion, output_hidden_states of most
-models in transformers lacks A(u), but for the last: hook the layers of adapter_layers(model) instead. With [H] it is
-right.
+models in transformers lacks A(u), but for the last: hook the layers of adapter_layers(model) instead.
 A parallel adapter (2110.04366) stands beside its sublayer, x + MLP(LN x) + s A(x), and did better there at equal size.
 Prompt tuning, P-tuning and prefix-tuning take up context. The whole family in one table: nanopeft/__init__.py
 Papers: adapters, arXiv 1902.00751, section 2.1; AdapterFusion, arXiv 2005.00247, section 3.2.
@@ -224,7 +223,7 @@ def add_fusion(model, adapters, *, modules_to_save=None):
 
 def remove_adapter(model):
     """Puts the bare layers back in place of adapters or a fusion, and returns the model. It stays frozen."""
-    replace(model, {outer: unwrapped(outer).base_layer for outer in wrapped_layers(model).values()})
+    replace(model, base_layers(model))
     freeze(model, {})
     vars(unwrapped(model)).pop("adapter_config", None)
     return model
@@ -233,7 +232,7 @@ def remove_adapter(model):
 @contextmanager
 def adapter_disabled(model):
     """The base model, inside the `with`."""
-    bare = {outer: unwrapped(outer).base_layer for outer in wrapped_layers(model).values()}
+    bare = base_layers(model)
     replace(model, bare)
     try:
         yield model
@@ -243,7 +242,7 @@ def adapter_disabled(model):
 
 def adapter_layers(model):
     """{name: AdapterLayer} of the wrapped layers."""
-    return {name: unwrapped(outer) for name, outer in wrapped_layers(model).items()}
+    return {name: unwrapped(m) for name, m in named_layers(model) if isinstance(unwrapped(m), AdapterLayer)}
 
 
 def adapter_state_dict(model):
@@ -286,9 +285,10 @@ fusion_state_dict, load_fusion_state_dict, fusion_config = adapter_state_dict, l
 def unwrapped(model):
     """The model inside torch.compile, DDP, DataParallel, FSDP or a checkpoint wrapper, in any order."""
     parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    names = "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module" if parallel else None
-    inner = next((model._modules[name] for name in names if name in model._modules), None)
-    return model if inner is None else unwrapped(inner)
+    for name in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module" if parallel else None):
+        if name in model._modules:
+            return unwrapped(model._modules[name])
+    return model
 
 
 def named_layers(model, name="", seen=None):
@@ -301,9 +301,9 @@ def named_layers(model, name="", seen=None):
             yield from named_layers(module, f"{name}.{child}".lstrip("."), seen)
 
 
-def wrapped_layers(model):
-    """{name: AdapterLayer, or what wraps it}."""
-    return {name: m for name, m in named_layers(model) if isinstance(unwrapped(m), AdapterLayer)}
+def base_layers(model):
+    """{AdapterLayer, or what wraps it: the bare layer}."""
+    return {m: unwrapped(m).base_layer for _, m in named_layers(model) if isinstance(unwrapped(m), AdapterLayer)}
 
 
 def find_heads(model, names):
@@ -326,8 +326,8 @@ def freeze(model, heads):
 
 def find_targets(model, targets, placement, heads):
     """{name: layer}: of the linear layers (houlsby), or of what holds some (pfeiffer), those that `targets` names."""
-    layers = {n: m for n, m in named_layers(model) if n and any(map(is_linear, m.modules()))}
-    layers = {n: m for n, m in layers.items() if not any(f"{n}.".startswith(f"{head}.") for head in heads)}
+    outside = {n: m for n, m in named_layers(model) if n and not any(f"{n}.".startswith(f"{head}.") for head in heads)}
+    layers = {n: m for n, m in outside.items() if any(map(is_linear, m.modules()))}
     lists = [n for n, m in layers.items() if isinstance(unwrapped(m), nn.ModuleList)]
     fitting = [n for n, m in layers.items() if n not in lists and is_linear(m) == (placement == "houlsby")]
     pattern = targets if isinstance(targets, str) else rf"(.*\.)?({'|'.join(re.escape(str(end)) for end in targets)})"

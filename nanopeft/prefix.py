@@ -115,6 +115,7 @@ def gated_attention(q, K, V, P_K, P_V):
 
 class PrefixTuning(nn.Module):
     """Freezes a causal LM, ours or Hugging Face's, and is called like it. Cast the model before, not after: P is fp32.
+    Compile or parallelize this module, not the model: torch.compile, DDP and the like around the model are taken off.
 
     The concatenation is the model's own: a layer that finds P_K and P_V in its KV cache puts K and V behind them.
     n_tokens: n. hidden: m, the width of the MLP that computes the prefix while training; None trains the prefix itself.
@@ -186,10 +187,7 @@ class PrefixTuning(nn.Module):
         return self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, **options)
 
     def generate(self, input_ids, max_new_tokens=None, **options):
-        """The model's own generate, with its options and defaults; lengths count input_ids and the new tokens alone.
-
-        Prompts of unequal length: padded on the left, with attention_mask=.
-        """
+        """The model's own generate, with its options and defaults; lengths count input_ids and new tokens, not P."""
         base = self.model
         if max_new_tokens is not None:
             options["max_new_tokens"] = max_new_tokens
@@ -226,10 +224,9 @@ class PrefixTuning(nn.Module):
 @torch.no_grad()
 def fold_prefix(model):
     """Discards the reparametrization: P is computed once and kept, E and the MLP go. Without an MLP nothing changes."""
-    inner = bare(model)
-    if inner.mlp is not None:
-        inner.prompt_embeddings = nn.Parameter(inner.prefix().clone())
-        inner.E = inner.mlp = None
+    if (tuned := bare(model)).mlp is not None:
+        tuned.prompt_embeddings = nn.Parameter(tuned.prefix().clone())
+        tuned.E = tuned.mlp = None
     return model
 
 

@@ -76,7 +76,8 @@ class PromptTuning(nn.Module):
         or token ids, of a text or of the class labels, repeated or cut to n.
     The output is the model's own, with the logits of the input tokens alone. model.model is the base, unchanged.
     P[n-1] predicts input_ids[:, 0]: a label there is scored; set it to -100 to leave it out.
-    Cast the model before wrapping it, not after: P stays fp32 beside a model of 16 bits.
+    Cast the model before wrapping it, not after: P stays fp32 beside a model of 16 bits. Compile or parallelize this
+    module, not the model: torch.compile, DDP and the like around the model are taken off.
     """
 
     def __init__(self, model, n_tokens=20, *, init="vocabulary"):

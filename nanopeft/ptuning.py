@@ -190,9 +190,8 @@ class PTuning(prompt.PromptTuning):
 @torch.no_grad()
 def fold_ptuning(model):
     """Evaluates the encoder once and discards it: what the model infers (under no_grad) is the same, bit for bit."""
-    inner = prompt.bare(model)
-    if inner.encoder is not None:
-        inner.prompt_embeddings, inner.encoder = nn.Parameter(inner.virtual_tokens().clone()), None
+    if (tuned := prompt.bare(model)).encoder is not None:
+        tuned.prompt_embeddings, tuned.encoder = nn.Parameter(tuned.virtual_tokens().clone()), None
     return model
 
 
