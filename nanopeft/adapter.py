@@ -52,8 +52,8 @@ Which to choose? For one task LoRA: it is as small, and merged it costs nothing.
 unmerged model and latency at small batches does not matter. Fusion, where adapters of related tasks exist and the
 target task has little data: there its paper gained most, and elsewhere little over one adapter.
 Pitfalls: cast the model before add_adapter, not after, or the adapters are cast too. Add fusion_penalty to the loss. A
-new classifier head is frozen, and not in adapter_state_dict. With [P] or fusion, output_hidden_states of most models in
-transformers lacks A(u), but for the last: hook the layers of adapter_layers(model) instead. With [H] it is right.
+new head is frozen and not stored, unless modules_to_save names it. With [P] or fusion, output_hidden_states of most
+models in transformers lacks A(u), but for the last: hook the layers of adapter_layers(model) instead.
 A parallel adapter (2110.04366) stands beside its sublayer, x + MLP(LN x) + s A(x), and did better there at equal size.
 Prompt tuning, P-tuning and prefix-tuning take up context. The whole family in one table: nanopeft/__init__.py
 Papers: adapters, arXiv 1902.00751, section 2.1; AdapterFusion, arXiv 2005.00247, section 3.2.
@@ -128,7 +128,7 @@ def fusion_penalty(model):
 
 
 class AdapterLayer(nn.Module):
-    """u + A(u) on the output u of the layer that it wraps. A block may return a tuple that begins with u."""
+    """u + A(u) on the output u of the layer that it wraps. A block may return a tuple or list that begins with u."""
 
     def __init__(self, base_layer, adapter):
         super().__init__()
@@ -139,14 +139,19 @@ class AdapterLayer(nn.Module):
     def forward(self, *args, **kwargs):
         output = self.base_layer(*args, **kwargs)
         u, *rest = output if isinstance(output, (tuple, list)) else (output,)  # u (B, T, d)
+        if not torch.is_tensor(u):
+            raise Error(f"an adapter needs a layer whose output is a tensor or begins with one, not {type(u).__name__}")
         u = u + self.adapter(u).to(u.dtype)
-        return (u, *rest) if isinstance(output, (tuple, list)) else u
+        kind = type(output)  # a tuple with names is made by _make
+        return u if u is output or torch.is_tensor(output) else getattr(kind, "_make", kind)((u, *rest))
 
     def __getattr__(self, name):  # models read weight, layer_idx and others of their layers: show the wrapped layer's
         return super().__getattr__(name) if name in ("base_layer", "adapter") else getattr(self.base_layer, name)
 
 
-def add_adapter(model, targets=None, *, placement="houlsby", reduction=None, bottleneck=None, activation=None):
+def add_adapter(
+    model, targets=None, *, placement="houlsby", reduction=None, bottleneck=None, activation=None, modules_to_save=None
+):
     """Freezes the model, wraps its target layers in place and returns it. Raises Error, with nothing changed, if wrong.
 
     placement: "houlsby" wraps linear layers, by default ("attn.c_proj", "mlp.c_proj"), which end GPT-2's sublayers; a
@@ -154,6 +159,8 @@ def add_adapter(model, targets=None, *, placement="houlsby", reduction=None, bot
     targets: ends of names, or one regular expression for the whole name, such as r"transformer\\.h\\.\\d+".
     reduction: m = d // reduction, by default 16; or bottleneck: m itself.
     activation: a name in torch.nn.functional (AdapterHub's silu for houlsby, relu for pfeiffer), or any function.
+    modules_to_save: ends of names of modules that are trained whole and stored too, by default a classifier's new head,
+        "classifier" or "score". They are the model's own: removed or disabled, adapters leave them as trained.
     """
     defaults = {"houlsby": (("attn.c_proj", "mlp.c_proj"), "silu"), "pfeiffer": ("blocks", "relu")}
     if placement not in defaults:
@@ -169,74 +176,85 @@ def add_adapter(model, targets=None, *, placement="houlsby", reduction=None, bot
         raise Error(f"give reduction or bottleneck, a whole number above 0, not {reduction!r} and {bottleneck!r}")
     if not callable(f):
         raise Error(f"activation must be a function or its name in torch.nn.functional, not {activation!r}")
-    layers = {}
-    for name, layer in find_targets(model, targets, placement).items():
+    heads, layers = find_heads(model, modules_to_save), {}
+    for name, layer in find_targets(model, targets, placement, heads).items():
         d, p = width(model, layer), next(iter(layer.state_dict().values()))
         if bottleneck is None and reduction > d:
             raise Error(f"reduction must be at most {d}, the width of {name}, and is {reduction}")
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-        layers[name] = AdapterLayer(layer, Adapter(d, bottleneck or d // reduction, f, dtype=dtype, device=p.device))
-    model.requires_grad_(False)  # the adapters are not in it yet
+        layers[layer] = AdapterLayer(layer, Adapter(d, bottleneck or d // reduction, f, dtype=dtype, device=p.device))
+    freeze(model, heads)  # the adapters are not in it yet
     replace(model, layers)
     sizes = {"placement": placement, "reduction": reduction, "bottleneck": bottleneck, "activation": activation}
-    targets = targets if isinstance(targets, str) else list(targets)
-    model.adapter_config = {"peft_type": "BOTTLENECK_ADAPTER", **sizes, "target_modules": targets}
+    sizes["target_modules"] = targets if isinstance(targets, str) else list(targets)
+    unwrapped(model).adapter_config = {"peft_type": "BOTTLENECK_ADAPTER", **sizes, "modules_to_save": ends(heads)}
     return model
 
 
-def add_fusion(model, adapters):
+def add_fusion(model, adapters, *, modules_to_save=None):
     """Freezes the model, wraps its blocks in place with a fusion of frozen adapters, and returns it. `adapters` has the
     (adapter_config, adapter_state_dict) of each, all of placement pfeiffer. Where the state is None, the adapter waits
-    for load_fusion_state_dict. Raises Error, with nothing changed, if one does not fit."""
+    for load_fusion_state_dict. Raises Error, with nothing changed, if one does not fit. The heads that adapters were
+    trained with are of their tasks, and left out; the model's own is trained with the fusion, as in add_adapter."""
+    heads = find_heads(model, modules_to_save)
     adapters, stacks, trained = list(adapters), [], [p for p in model.parameters() if p.requires_grad]
     if not adapters or any(config.get("placement") != "pfeiffer" for config, _ in adapters):
         raise Error("fusion needs one or more adapters, all of placement pfeiffer")
     for config, state in adapters:
         sizes = {key: config.get(key) for key in ("placement", "reduction", "bottleneck", "activation")}
-        add_adapter(model, config.get("target_modules"), **sizes)
+        add_adapter(model, config.get("target_modules"), modules_to_save=(), **sizes)
         stacks.append({name: layer.adapter for name, layer in adapter_layers(model).items()})
         try:
             if state is not None:
-                load_adapter_state_dict(model, state)
+                load_adapter_state_dict(model, {key: t for key, t in state.items() if ".adapter." in key})
         finally:  # the model is as it was
             remove_adapter(model)
             nn.ParameterList(trained).requires_grad_(True)
         if stacks[-1].keys() != stacks[0].keys():
             raise Error(f"the adapters are on different blocks: {', '.join(stacks[0])} and {', '.join(stacks[-1])}")
-    model.requires_grad_(False)
-    fusions = {name: Fusion([stack[name] for stack in stacks]) for name in stacks[0]}
-    replace(model, {name: AdapterLayer(model.get_submodule(name), fusion) for name, fusion in fusions.items()})
-    model.adapter_config = {"peft_type": "ADAPTER_FUSION", "adapters": [dict(config) for config, _ in adapters]}
+    freeze(model, heads)
+    blocks, configs = dict(named_layers(model)), [dict(config) for config, _ in adapters]
+    fusions = {blocks[name]: Fusion([stack[name] for stack in stacks]) for name in stacks[0]}
+    replace(model, {block: AdapterLayer(block, fusion) for block, fusion in fusions.items()})
+    heads = {"modules_to_save": ends(heads)}
+    unwrapped(model).adapter_config = {"peft_type": "ADAPTER_FUSION", "adapters": configs, **heads}
     return model
 
 
 def remove_adapter(model):
     """Puts the bare layers back in place of adapters or a fusion, and returns the model. It stays frozen."""
-    replace(model, {name: layer.base_layer for name, layer in adapter_layers(model).items()})
-    vars(model).pop("adapter_config", None)
+    replace(model, base_layers(model))
+    freeze(model, {})
+    vars(unwrapped(model)).pop("adapter_config", None)
     return model
 
 
 @contextmanager
 def adapter_disabled(model):
     """The base model, inside the `with`."""
-    layers = adapter_layers(model)
-    replace(model, {name: layer.base_layer for name, layer in layers.items()})
+    bare = base_layers(model)
+    replace(model, bare)
     try:
         yield model
     finally:
-        replace(model, layers)
+        replace(model, {layer: outer for outer, layer in bare.items()})
 
 
 def adapter_layers(model):
     """{name: AdapterLayer} of the wrapped layers."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, AdapterLayer)}
+    return {name: unwrapped(m) for name, m in named_layers(model) if isinstance(unwrapped(m), AdapterLayer)}
 
 
 def adapter_state_dict(model):
-    """The content of adapter_model.safetensors: the adapters, or a fusion together with the adapters that it fuses."""
-    layers = {f"{name}.{type(m.adapter).__name__.lower()}.": m.adapter for name, m in adapter_layers(model).items()}
-    return {key: t for prefix, adapter in layers.items() for key, t in adapter.state_dict(prefix=prefix).items()}
+    """The content of adapter_model.safetensors: the adapters, or a fusion together with the adapters that it fuses, and
+    the modules_to_save. Names are those of the bare model, whatever wraps it or a part of it."""
+    parts = {f"{name}.{type(m.adapter).__name__.lower()}.": m.adapter for name, m in adapter_layers(model).items()}
+    heads = find_heads(model, getattr(unwrapped(model), "adapter_config", {}).get("modules_to_save") or ())
+    parts |= {f"{name}.": unwrapped(head) for name, head in heads.items()}
+    state = {key: t for prefix, part in parts.items() for key, t in part.state_dict(prefix=prefix).items()}
+    if any(t.shape == (0,) for t in state.values()):
+        raise Error("the parameters are sharded, and here have no elements: do this inside `with engine.whole():`")
+    return state
 
 
 def load_adapter_state_dict(model, state):
@@ -254,9 +272,9 @@ def load_adapter_state_dict(model, state):
 
 def adapter_config(model):
     """The adapter_config.json that goes with adapter_state_dict. peft has neither method and refuses the file."""
-    if not hasattr(model, "adapter_config"):
+    if not hasattr(unwrapped(model), "adapter_config"):
         raise Error("the model has no adapter: add_adapter(model) or add_fusion(model, adapters) first")
-    return dict(model.adapter_config)
+    return dict(unwrapped(model).adapter_config)
 
 
 fusion_state_dict, load_fusion_state_dict, fusion_config = adapter_state_dict, load_adapter_state_dict, adapter_config
@@ -264,10 +282,53 @@ fusion_state_dict, load_fusion_state_dict, fusion_config = adapter_state_dict, l
 # ------------------------------------------------------------------------------------------------------------- plumbing
 
 
-def find_targets(model, targets, placement):
+def unwrapped(model):
+    """The model inside torch.compile, DDP, DataParallel, FSDP or a checkpoint wrapper, in any order."""
+    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    for name in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module" if parallel else None):
+        if name in model._modules:
+            return unwrapped(model._modules[name])
+    return model
+
+
+def named_layers(model, name="", seen=None):
+    """As named_modules, by the bare model's names: a module and what wraps it are one, and the outermost is given."""
+    seen = set() if seen is None else seen
+    if model not in seen:
+        seen.add(model)
+        yield name, model
+        for child, module in unwrapped(model).named_children():
+            yield from named_layers(module, f"{name}.{child}".lstrip("."), seen)
+
+
+def base_layers(model):
+    """{AdapterLayer, or what wraps it: the bare layer}."""
+    return {m: unwrapped(m).base_layer for _, m in named_layers(model) if isinstance(unwrapped(m), AdapterLayer)}
+
+
+def find_heads(model, names):
+    """{name: module} of those whose names end in one of `names`, by default those of a classifier's head."""
+    default = ("classifier", "score") if names is None else names
+    found = {n: m for n, m in named_layers(model) if n.rpartition(".")[2] in default}
+    if names is not None and ends(found) != sorted(set(names)):
+        raise Error(f"modules_to_save={names!r} must be ends of names of modules; found: {ends(found)}")
+    return found
+
+
+def ends(heads):
+    return sorted({name.rpartition(".")[2] for name in heads})
+
+
+def freeze(model, heads):
+    model.requires_grad_(False)
+    nn.ModuleList(heads.values()).requires_grad_(True)
+
+
+def find_targets(model, targets, placement, heads):
     """{name: layer}: of the linear layers (houlsby), or of what holds some (pfeiffer), those that `targets` names."""
-    layers = {n: m for n, m in model.named_modules() if n and any(map(is_linear, m.modules()))}
-    lists = [n for n, m in layers.items() if isinstance(m, nn.ModuleList)]
+    outside = {n: m for n, m in named_layers(model) if n and not any(f"{n}.".startswith(f"{head}.") for head in heads)}
+    layers = {n: m for n, m in outside.items() if any(map(is_linear, m.modules()))}
+    lists = [n for n, m in layers.items() if isinstance(unwrapped(m), nn.ModuleList)]
     fitting = [n for n, m in layers.items() if n not in lists and is_linear(m) == (placement == "houlsby")]
     pattern = targets if isinstance(targets, str) else rf"(.*\.)?({'|'.join(re.escape(str(end)) for end in targets)})"
     if targets == "blocks":
@@ -283,32 +344,31 @@ def find_targets(model, targets, placement):
         there = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", n) for n in fitting})
         raise Error(f"targets={targets!r} names no layer for {placement}; there are {', '.join(there) or 'none'}")
     for name in found:
-        parent = model.get_submodule(name.rpartition(".")[0])
+        parent = unwrapped(layers.get(name.rpartition(".")[0], model))
         if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             raise Error(f"{name} may be read, and not called, by its {type(parent).__name__}: wrap the block")
     return {n: layers[n] for n in found if not any(n.startswith(f"{outer}.") for outer in found)}
 
 
 def is_linear(layer):  # Conv1D is Hugging Face's linear layer with the weight as (in, out)
-    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+    return isinstance(unwrapped(layer), nn.Linear) or type(unwrapped(layer)).__name__ == "Conv1D"
 
 
 def width(model, layer):
     """d, the size of what the layer returns; for a block it is in the model's config, or its last linear layer's."""
-    config = getattr(model, "config", None)
+    config = getattr(unwrapped(model), "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     d = getattr(config, "hidden_size", getattr(config, "n_embd", None))
-    last = [m for m in layer.modules() if is_linear(m)][-1]
+    last = unwrapped([m for m in layer.modules() if is_linear(m)][-1])
     return d if d and not is_linear(layer) else getattr(last, "nf", None) or last.out_features
 
 
 def replace(model, layers):
-    """Puts each of {name: layer} in every place of the one that has its name: a model may call one layer in several."""
-    new = {model.get_submodule(name): layer for name, layer in layers.items()}
+    """Puts the second of each {layer: layer} in every place of the first: a model may call one layer in several."""
     for parent in [*model.modules()]:
         for child, module in parent._modules.items():  # named_children would leave out all places but the first
-            if module in new:
-                setattr(parent, child, new[module])
+            if module in layers:
+                setattr(parent, child, layers[module])
 
 
 if __name__ == "__main__":

@@ -62,17 +62,15 @@ Pitfalls:
   - Training cannot go on through the MLP from the stored P. For that, keep E and the MLP.
   - A sliding window (Mistral, Gemma) slides past the prefix: in a longer text, later tokens no longer see it.
   - MPT measures distance in the cache, padding included: there a padded row differs from the row alone. Do not pad.
-Relatives:
-  - Prompt tuning: n trained embeddings before the input. Every layer computes its keys and values from them.
-  - P-tuning v1: such embeddings anywhere in the input, computed by an LSTM or MLP.
+Relatives, all in one table in nanopeft/__init__.py:
   - P-tuning v2: this, mostly without the MLP, and with a classifier on top, for language understanding.
   - Adapters: new layers in series. The gated form is an adapter in parallel: bottleneck n, softmax as nonlinearity.
-  - LoRA: changes weights. Once merged it costs no time and no context.
-The whole family in one table: nanopeft/__init__.py
 
 Papers: arXiv 2101.00190, eq. 3, section 4.3 (MLP); gated form 2110.04366, eq. 7-9; P-tuning v2 2110.07602, section 3.2
 """
 
+import copy
+import functools
 import inspect
 import math
 
@@ -117,6 +115,7 @@ def gated_attention(q, K, V, P_K, P_V):
 
 class PrefixTuning(nn.Module):
     """Freezes a causal LM, ours or Hugging Face's, and is called like it. Cast the model before, not after: P is fp32.
+    Compile or parallelize this module, not the model: torch.compile, DDP and the like around the model are taken off.
 
     The concatenation is the model's own: a layer that finds P_K and P_V in its KV cache puts K and V behind them.
     n_tokens: n. hidden: m, the width of the MLP that computes the prefix while training; None trains the prefix itself.
@@ -126,6 +125,7 @@ class PrefixTuning(nn.Module):
 
     def __init__(self, model, n_tokens=20, *, hidden=None, init="vocabulary"):
         super().__init__()
+        model = bare(model)
         self.model, self.n_tokens, self.takes = model, n_tokens, set(inspect.signature(model.forward).parameters)
         self.cache_name = "past_key_values" if "past_key_values" in self.takes else "cache"  # from transformers 5.24 on
         ids = check_arguments(self, hidden, init)
@@ -169,6 +169,8 @@ class PrefixTuning(nn.Module):
             raise Error("give either input_ids or inputs_embeds")
         B, T = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         cache, n = self.empty_cache() if past_key_values is None else past_key_values, self.n_tokens
+        if getattr(cache, "is_compileable", False):
+            raise Error("a static cache has no room for the prefix: leave out cache_implementation")
         if cache.get_seq_length() == 0:
             self.put_prefix_into(cache, B)
         S = cache.get_seq_length() + T  # the prefix, what was read before, and the input
@@ -184,25 +186,36 @@ class PrefixTuning(nn.Module):
         options |= {self.cache_name: cache, "attention_mask": attention_mask, "labels": labels}
         return self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, **options)
 
-    @torch.no_grad()
-    def generate(self, input_ids, max_new_tokens=64, *, attention_mask=None, **options):
-        """The model's own generate, after the prefix. Prompts of unequal length: padded on the left, with a mask."""
-        if not hasattr(self.model, "generation_config"):  # our GPT's loop, run on `self`: forward adds the prefix
-            return type(self.model).generate(self, input_ids, max_new_tokens, attention_mask=attention_mask, **options)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        check_call(self, self.n_tokens + int(mask.sum(1).max()) + max_new_tokens - 1)  # the last token is not read
-        default = self.model.generation_config
-        sources = options, vars(options.get("generation_config") or default), vars(default)
-        beams, samples = (next((s[k] for s in sources if s.get(k)), 1) for k in ("num_beams", "num_return_sequences"))
-        # The cache may hold n tokens that input_ids lacks: as the mask is longer than input_ids, Hugging Face's loop
-        # takes all of input_ids to be new
-        cache = self.put_prefix_into(self.empty_cache(), len(input_ids) * max(beams, samples))  # a row for each of them
-        mask = torch.cat((mask.new_ones(len(mask), self.n_tokens), mask), 1)
-        options |= {self.cache_name: cache, "use_cache": True, "attention_mask": mask}
-        return self.model.generate(input_ids, max_new_tokens=max_new_tokens, **options)
+    def generate(self, input_ids, max_new_tokens=None, **options):
+        """The model's own generate, with its options and defaults; lengths count input_ids and new tokens, not P."""
+        base = self.model
+        if max_new_tokens is not None:
+            options["max_new_tokens"] = max_new_tokens
+            mask = options.get("attention_mask")
+            T = input_ids.size(1) if mask is None else int(mask.sum(1).max())
+            check_call(self, self.n_tokens + T + max_new_tokens - 1)  # the last one is not read
+        if not hasattr(base, "generation_config"):  # our GPT's loop, run on `self`: forward adds the prefix
+            return type(base).generate(self, input_ids, **options)
+        # On a shallow copy, which shares the weights, and calls `self` where it would call the model
+        caller = copy.copy(base)
+        caller.forward = functools.wraps(base.forward)(lambda **inputs: self(**inputs))
+        caller._forward_pre_hooks = caller._forward_hooks = {}  # `self` runs the model's own
+        return caller.generate(input_ids, **options | {"use_cache": True})
 
-    config = property(lambda self: self.model.config)
-    device = property(lambda self: self.model.get_input_embeddings().weight.device)
+    def state_dict(self, *, prefix="", **options):
+        """A tied weight is stored twice: transformers' Trainer saves by safetensors, which refuses shared memory."""
+        state = super().state_dict(prefix=prefix, **options)
+        tied = dict(self.named_parameters(remove_duplicate=False)).keys() - dict(self.named_parameters()).keys()
+        for key in {prefix + name for name in tied} & state.keys():
+            state[key] = state[key].clone()
+        return state
+
+    def __getattr__(self, name):  # what a training loop asks for; save_pretrained would leave out the prefix
+        names = "config", "device", "loss_type", "activation_checkpointing_enable", "gradient_checkpointing_enable"
+        return getattr(self.model, name) if name in names else super().__getattr__(name)
+
+    # Whether Trainer may give num_items_in_batch
+    accepts_loss_kwargs = property(lambda self: getattr(self.model, "accepts_loss_kwargs", "kwargs" in self.takes))
 
 
 # ----------------------------------------------------------------------------------------------------------------- use
@@ -211,20 +224,21 @@ class PrefixTuning(nn.Module):
 @torch.no_grad()
 def fold_prefix(model):
     """Discards the reparametrization: P is computed once and kept, E and the MLP go. Without an MLP nothing changes."""
-    if model.mlp is not None:
-        model.prompt_embeddings = nn.Parameter(model.prefix().clone())
-        model.E = model.mlp = None
+    if (tuned := bare(model)).mlp is not None:
+        tuned.prompt_embeddings = nn.Parameter(tuned.prefix().clone())
+        tuned.E = tuned.mlp = None
     return model
 
 
 def prefix_state_dict(model):
     """P, from an MLP or not, under peft's name: the content of adapter_model.safetensors."""
-    return {"prompt_embeddings": model.prefix().detach()}
+    return {"prompt_embeddings": bare(model).prefix().detach()}
 
 
 @torch.no_grad()
 def load_prefix_state_dict(model, state):
     """Loads P into a PrefixTuning without an MLP. Error, with nothing loaded, if the two do not fit."""
+    model = bare(model)
     if model.mlp is not None:
         raise Error("a file holds the prefix, from which no MLP can be found: fold_prefix(model) first")
     own, found = model.prompt_embeddings, state.get("prompt_embeddings", torch.empty(0))
@@ -236,6 +250,7 @@ def load_prefix_state_dict(model, state):
 
 def prefix_config(model):
     """The adapter_config.json that goes with it. In peft's words, the MLP is a "projection", and none is left."""
+    model = bare(model)
     width = model.n_head * model.head_dim
     return dict(
         peft_type="PREFIX_TUNING", task_type="CAUSAL_LM", num_virtual_tokens=model.n_tokens, token_dim=width,
@@ -247,6 +262,17 @@ def prefix_config(model):
 # ------------------------------------------------------------------------------------------------------------ plumbing
 
 
+def bare(model):
+    """The model inside torch.compile, DDP, DataParallel, FSDP or a checkpoint wrapper, in any order."""
+    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    for name in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module" if parallel else None):
+        if name in model._modules:
+            return bare(model._modules[name])
+    if any(p.requires_grad and p.shape == (0,) for p in model.parameters()):
+        raise Error("the parameters are sharded, and here have no elements: do this inside `with engine.whole():`")
+    return model
+
+
 def check_arguments(tuned, hidden, init):
     """The n token ids to start from."""
     model, n = tuned.model, tuned.n_tokens
@@ -255,6 +281,10 @@ def check_arguments(tuned, hidden, init):
             raise Error(f"{name} must be a whole number of at least 1, not {size!r}")
     if any(isinstance(m, PrefixTuning) for m in model.modules()):
         raise Error("the model has a prefix already: wrap the model inside it, or ask for more tokens")
+    tables = [m for name, m in model.named_modules() if "position" in name and isinstance(m, nn.Embedding)]
+    headless = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None
+    if headless or any(table.padding_idx is not None for table in tables):
+        raise Error(f"{type(model).__name__} has no language model's head, or counts positions from padding_idx on")
     if isinstance(init, str) and init not in ("vocabulary", "random"):
         raise Error(f"init must be vocabulary, random or {n} token ids, not {init!r}")
     check_call(tuned, n + 1)
@@ -272,7 +302,8 @@ def check_call(tuned, end, position_ids=None):
         end = int(position_ids.max()) + 1  # padding takes no position
     if end > limit:
         raise Error(f"{end - n} tokens and a prefix of {n} do not fit the model's {limit} positions")
-    if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+    checkpoints = "gradient_checkpointing", "_checkpoint_wrapped_module"  # of transformers, of torch
+    if model.training and any(getattr(m, name, False) for m in model.modules() for name in checkpoints):
         raise Error("gradient checkpointing drops past_key_values, and with it the prefix: turn it off")
 
 

@@ -50,13 +50,13 @@ Pitfalls
 * Left padding must stay in front, [pads ; P ; E[ids]]. Between P and the text, sliding windows, MPT and Mamba would
   count it, and a pad would predict the first token.
 
-Compared with related methods: P-tuning (ptuning.py) makes its virtual tokens by an encoder and places them anywhere in
-the input; prefix-tuning (prefix.py) and P-tuning v2 train keys and values in every layer; LoRA changes the weights.
-The whole family in one table: nanopeft/__init__.py
+The whole family, with P-tuning, prefix-tuning and LoRA, in one table: nanopeft/__init__.py
 
 Paper: The Power of Scale for Parameter-Efficient Prompt Tuning, arXiv 2104.08691, sections 2 (method), 3.2 (ablations).
 """
 
+import copy
+import functools
 import inspect
 import math
 
@@ -76,11 +76,13 @@ class PromptTuning(nn.Module):
         or token ids, of a text or of the class labels, repeated or cut to n.
     The output is the model's own, with the logits of the input tokens alone. model.model is the base, unchanged.
     P[n-1] predicts input_ids[:, 0]: a label there is scored; set it to -100 to leave it out.
-    Cast the model before wrapping it, not after: P stays fp32 beside a model of 16 bits.
+    Cast the model before wrapping it, not after: P stays fp32 beside a model of 16 bits. Compile or parallelize this
+    module, not the model: torch.compile, DDP and the like around the model are taken off.
     """
 
     def __init__(self, model, n_tokens=20, *, init="vocabulary"):
         super().__init__()
+        model = bare(model)
         self.n_positions = check_model(model, n_tokens)
         self.n_tokens = self.n_in_front = n_tokens
         P = initial_prompt(model.get_input_embeddings(), n_tokens, init)  # (n, d)
@@ -114,6 +116,8 @@ class PromptTuning(nn.Module):
         labels=None, **options,
     ):  # fmt: skip
         """The model's call. attention_mask, position_ids and labels are the input tokens', without places for P."""
+        if getattr(past_key_values, "is_compileable", False):
+            raise Error("a static cache has no room for the virtual tokens: leave out cache_implementation")
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         T = check_input(self, input_ids, inputs_embeds, attention_mask, past)
         x, mask, positions, labels = self.insert(input_ids, inputs_embeds, attention_mask, position_ids, labels, past)
@@ -132,19 +136,39 @@ class PromptTuning(nn.Module):
             out.logits = logits
         return out
 
-    def generate(self, input_ids, max_new_tokens=64, *, attention_mask=None, **options):
-        """input_ids and max_new_tokens more (whatever a generation_config says), by the model's own generate."""
-        if not hasattr(self.model, "prepare_inputs_for_generation"):
+    def generate(self, input_ids, max_new_tokens=None, **options):
+        """The base's own generate, with its options and defaults; lengths count input_ids and the new tokens, not P."""
+        check_input(self, input_ids, None, options.get("attention_mask"), more=(max_new_tokens or 1) - 1)
+        base = self.model
+        if max_new_tokens is not None:
+            options["max_new_tokens"] = max_new_tokens
+        if not hasattr(base, "generation_config"):
             # Not transformers': a loop around the call, for which this module is as good as the model
-            return type(self.model).generate(self, input_ids, max_new_tokens, attention_mask=attention_mask, **options)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        check_input(self, input_ids, None, mask, more=max_new_tokens - 1)  # the last new token is not read
-        x, mask, _, _ = self.insert(input_ids, None, mask, None, None, past=0)
-        options |= dict(inputs_embeds=x, attention_mask=mask, max_new_tokens=max_new_tokens)
-        return self.model.generate(input_ids=input_ids, **options)
+            return type(base).generate(self, input_ids, **options)
+        if "past_key_values" not in inspect.signature(base.forward).parameters:
+            options["use_cache"] = False  # of a recurrent state it is not known whether it has read P
+        # On a shallow copy, which shares the weights, and calls `self` where it would call the model
+        caller = copy.copy(base)
+        caller.forward = functools.wraps(base.forward)(lambda **inputs: self(**inputs))
+        caller._forward_pre_hooks = caller._forward_hooks = {}  # `self` runs the model's own
+        return caller.generate(input_ids, **options)
 
-    config = property(lambda self: getattr(self.model, "config", None))
-    device = property(lambda self: self.model.get_input_embeddings().weight.device)
+    def state_dict(self, *, prefix="", **options):
+        """A tied weight is stored twice: transformers' Trainer saves by safetensors, which refuses shared memory."""
+        state = super().state_dict(prefix=prefix, **options)
+        tied = dict(self.named_parameters(remove_duplicate=False)).keys() - dict(self.named_parameters()).keys()
+        for key in {prefix + name for name in tied} & state.keys():
+            state[key] = state[key].clone()
+        return state
+
+    def __getattr__(self, name):  # what a training loop asks for; save_pretrained would leave out P
+        names = "config", "device", "activation_checkpointing_enable", "gradient_checkpointing_enable"
+        return getattr(self.model, name) if name in names else super().__getattr__(name)
+
+
+    @property
+    def accepts_loss_kwargs(self):  # whether Trainer may give num_items_in_batch, as to all models of transformers
+        return getattr(self.model, "accepts_loss_kwargs", hasattr(self.model, "loss_type"))
 
 
 def initial_prompt(embedding, n, init):
@@ -165,21 +189,32 @@ def initial_prompt(embedding, n, init):
 @torch.no_grad()
 def prompt_state_dict(model):
     """What was trained, under peft's name: the content of adapter_model.safetensors."""
-    return {"prompt_embeddings": model.virtual_tokens().detach()}
+    return {"prompt_embeddings": bare(model).virtual_tokens().detach()}
 
 
 @torch.no_grad()
 def load_prompt_state_dict(model, state):
     """The reverse. Error, with nothing loaded, if the two do not fit."""
-    model.prompt_embeddings.copy_(fitting_prompt(model, state))
+    bare(model).prompt_embeddings.copy_(fitting_prompt(model, state))
 
 
 def prompt_config(model):
     """The adapter_config.json that goes with prompt_state_dict."""
-    return dict(model.prompt_config)
+    return dict(bare(model).prompt_config)
 
 
 # ------------------------------------------------------------------------------------------------------------ plumbing
+
+
+def bare(model):
+    """The model inside torch.compile, DDP, DataParallel, FSDP or a checkpoint wrapper, in any order."""
+    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    for name in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module" if parallel else None):
+        if name in model._modules:
+            return bare(model._modules[name])
+    if any(p.requires_grad and p.shape == (0,) for p in model.parameters()):
+        raise Error("the parameters are sharded, and here have no elements: do this inside `with engine.whole():`")
+    return model
 
 
 def check_model(model, n_tokens, least=1):
@@ -188,6 +223,9 @@ def check_model(model, n_tokens, least=1):
     if hasattr(model, "n_tokens"):
         raise Error(f"the model is a {name} already: wrap the model inside of it")
     headless = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None
+    tables = [m for n, m in model.named_modules() if "position" in n and isinstance(m, nn.Embedding)]
+    if any(table.padding_idx is not None for table in tables):
+        raise Error(f"{name} counts positions from its padding_idx on, where none is left for P: take another model")
     if headless or getattr(config, "is_encoder_decoder", False) or getattr(config, "hidden_size_per_layer_input", 0):
         raise Error(f"{name} is an encoder-decoder, has no head, or looks ids up in every layer: take a causal LM")
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or math.inf
@@ -224,6 +262,7 @@ def left_pads_first(n, x, mask, positions, labels):
 
 def fitting_prompt(model, state):
     """The tensor of a state dict, if it can be the model's P."""
+    model = bare(model)
     shape = model.n_tokens, model.prompt_config["token_dim"]
     P, found = state.get("prompt_embeddings"), {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
     if len(state) != 1 or P is None or P.shape != shape or not P.is_floating_point() or P.element_size() < 2:
@@ -251,5 +290,3 @@ if __name__ == "__main__":
         optimizer.step()
     same = all(map(torch.equal, before, base.parameters()))
     print(f"60 steps on P alone: loss {losses[0]:.2f} to {losses[-1]:.2f}; the base is the same, bit for bit: {same}")
-    p, N = 20 * 768, 124_439_808
-    print(f"GPT-2: {p:,} of {N:,} parameters, {p / N:.3%}; for training {12 * p:,} bytes more, not {12 * N:,}")

@@ -55,9 +55,7 @@ Pitfalls
 * Generated rows begin with the input's ids: drop pseudo_id, the V above, before decoding.
 * The encoder is not stored. After fold_ptuning or loading, training goes on with P itself, as in prompt tuning.
 
-Compared with related methods: prompt tuning (prompt.py) trains P directly and puts it in front; prefix-tuning
-(prefix.py, for generation) and P-tuning v2 (for classification and tagging) train keys and values in every layer; LoRA
-(lora.py) changes the weights. The whole family in one table: nanopeft/__init__.py
+The whole family, with prompt tuning, prefix-tuning and LoRA, in one table: nanopeft/__init__.py
 
 Papers: P-tuning (GPT Understands, Too), arXiv 2103.10385, section 3; P-tuning v2, arXiv 2110.07602.
 """
@@ -128,6 +126,7 @@ class PTuning(prompt.PromptTuning):
             n, least = len(apply_template(template, [], lambda text: [], None)), 0
             if n_tokens not in (None, n):
                 raise Error(f"the template has {n} virtual tokens, and n_tokens is {n_tokens}: leave it out")
+        model = prompt.bare(model)
         self.n_positions = prompt.check_model(model, n, least)
         weight = model.get_input_embeddings().weight
         V, d = weight.shape
@@ -152,8 +151,14 @@ class PTuning(prompt.PromptTuning):
         if self.encoder is None:
             return self.prompt_embeddings  # (n, d)
         # In full precision, as it is folded; on "meta" there are shapes alone, and no autocast
-        with torch.autocast(self.device.type.replace("meta", "cpu"), enabled=False):
+        with torch.autocast(self.encoder.embedding.weight.device.type.replace("meta", "cpu"), enabled=False):
             return self.encoder()  # (n, d)
+
+    def generate(self, input_ids, max_new_tokens=None, **options):
+        reads_ids = {"no_repeat_ngram_size", "prompt_lookup_num_tokens", "repetition_penalty"} & options.keys()
+        if reads_ids and (self.pseudo_id or 0) >= len(self.model.get_input_embeddings().weight):
+            raise Error(f"{min(reads_ids)} needs ids of the vocabulary: PTuning(model, pseudo_id=one that no text has)")
+        return super().generate(input_ids, max_new_tokens, **options)
 
     def apply_template(self, source_ids, encode):
         """A row's token ids, by the template."""
@@ -185,8 +190,8 @@ class PTuning(prompt.PromptTuning):
 @torch.no_grad()
 def fold_ptuning(model):
     """Evaluates the encoder once and discards it: what the model infers (under no_grad) is the same, bit for bit."""
-    if model.encoder is not None:
-        model.prompt_embeddings, model.encoder = nn.Parameter(model.virtual_tokens().clone()), None
+    if (tuned := prompt.bare(model)).encoder is not None:
+        tuned.prompt_embeddings, tuned.encoder = nn.Parameter(tuned.virtual_tokens().clone()), None
     return model
 
 
@@ -198,7 +203,7 @@ ptuning_config = prompt.prompt_config  # the adapter_config.json that goes with 
 def load_ptuning_state_dict(model, state):
     """The reverse, which leaves the model folded. Error, with nothing loaded, if the two do not fit."""
     P = prompt.fitting_prompt(model, state)
-    fold_ptuning(model).prompt_embeddings.copy_(P)
+    prompt.bare(fold_ptuning(model)).prompt_embeddings.copy_(P)
 
 
 # ------------------------------------------------------------------------------------------------------------ plumbing

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What nanopeft/adapter.py claims, against its formulas in fp64 and without another library."""
 
+import collections
 import copy
 import json
 import math
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -1004,3 +1008,146 @@ def test_the_demonstration_prints_what_the_docstring_claims(tmp_path):
         "[ 1.0440,  2.9267]",
     ):
         assert line in done.stdout
+
+
+# ----------------------------------------------------------------------------------------- what wraps a model or a part
+
+
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory):
+    """A group of this process alone, which DDP and FSDP need."""
+    store = tmp_path_factory.mktemp("store") / "file"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+def fsdp(module):
+    return FullyShardedDataParallel(module, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def on_blocks(wrap):
+    def wrapped(model):
+        for i, block in enumerate(model.transformer.h):
+            model.transformer.h[i] = wrap(block)
+        return model
+
+    return wrapped
+
+
+WRAPS = {
+    "compile": compiled,
+    "DDP": nn.parallel.DistributedDataParallel,
+    "DataParallel": nn.DataParallel,
+    "compile of DDP": lambda model: compiled(nn.parallel.DistributedDataParallel(model)),
+    "DDP of compile": lambda model: nn.parallel.DistributedDataParallel(compiled(model)),
+    "compiled blocks": on_blocks(compiled),
+    "checkpointed blocks": on_blocks(checkpoint_wrapper),
+    "compiled checkpointed blocks": on_blocks(lambda block: compiled(checkpoint_wrapper(block))),
+    "all, compiled": lambda model: compiled(nn.parallel.DistributedDataParallel(on_blocks(compiled)(model))),
+}
+SHORT = ("compiled blocks", "pfeiffer")  # of those that torch.compile makes slow
+
+
+@pytest.mark.parametrize(
+    "wrap, case",
+    [
+        pytest.param(wrap, case, marks=[pytest.mark.thorough] * ("comp" in wrap and (wrap, case) != SHORT))
+        for wrap in WRAPS
+        for case in (*PLACEMENTS, "fusion")
+    ],
+)
+def test_names_are_those_of_the_bare_model(wrap, case, process_group):
+    """Compiled, parallel or checkpointed, as a whole or in part, before or after: one file, for the bare model too."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    base, made = tiny_gpt(), []
+    if case == "fusion":
+        made = [saved(base, i, bottleneck=i + 1) for i in range(2)]
+
+    def add(model):
+        if case == "fusion":
+            return adapter.add_fusion(model, made)
+        return adapter.add_adapter(model, placement=case, bottleneck=3)
+
+    bare = randomize(add(copy.deepcopy(base)))
+    expected, plain, state = bare(IDS).logits, base(IDS).logits, adapter.adapter_state_dict(bare)
+    after = WRAPS[wrap](copy.deepcopy(bare))
+    before = add(WRAPS[wrap](copy.deepcopy(base)))
+    adapter.load_adapter_state_dict(before, state)
+    for model in (before, after):
+        found = adapter.adapter_state_dict(model)
+        assert list(found) == list(state) and all(torch.equal(t, state[key]) for key, t in found.items())
+        assert adapter.adapter_config(model) == adapter.adapter_config(bare)
+        assert list(adapter.adapter_layers(model)) == list(adapter.adapter_layers(bare))
+        assert torch.equal(model(IDS).logits, expected)
+        with adapter.adapter_disabled(model):
+            assert torch.equal(model(IDS).logits, plain)
+        assert torch.equal(model(IDS).logits, expected)
+        assert torch.equal(adapter.remove_adapter(model)(IDS).logits, plain)
+        assert not adapter.adapter_state_dict(model)
+
+
+def test_names_under_fsdp(process_group):
+    """Blocks and a model in PyTorch's first FSDP have the names of the bare model as well."""
+    torch.manual_seed(0)
+    model = randomize(adapter.add_adapter(tiny_gpt(), bottleneck=3))
+    keys = adapter.adapter_state_dict(model).keys()
+    assert adapter.adapter_layers(fsdp(on_blocks(fsdp)(model))).keys() == {key.split(".adapter.")[0] for key in keys}
+
+
+def test_a_module_named_module_is_no_wrapper():
+    """A submodule that is really called `module` keeps its name in the file, and in the targets."""
+    outer = nn.Module()
+    outer.module, outer._orig = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 4)
+    adapter.add_adapter(outer, r"module\.0", bottleneck=2)
+    assert adapter.adapter_layers(outer).keys() == {"module.0"}
+    assert all(key.startswith("module.0.adapter.") for key in adapter.adapter_state_dict(outer))
+
+
+def test_sharded_parameters_are_not_stored_empty():
+    """Parameters without elements, as ZeRO leaves them between steps, are neither stored nor loaded: see whole()."""
+    model = adapter.add_adapter(tiny_gpt(), bottleneck=3)
+    state = {key: t.clone() for key, t in adapter.adapter_state_dict(model).items()}
+    for p in model.parameters():
+        p.data = p.data.new_empty(0)
+    for call in (adapter.adapter_state_dict, lambda model: adapter.load_adapter_state_dict(model, state)):
+        with pytest.raises(adapter.Error, match="sharded.*engine.whole"):
+            call(model)
+
+
+Pair = collections.namedtuple("Pair", "x rest")
+
+
+@pytest.mark.parametrize("make", [lambda x: x, lambda x: (x, 1), lambda x: [x, 1], lambda x: Pair(x, 1)])
+def test_outputs_that_begin_with_u(make):
+    """A tensor, or a tuple, list or named tuple that begins with one, stays of its kind with A(u) added."""
+
+    class Layer(nn.Linear):
+        def forward(self, x):
+            return make(super().forward(x))
+
+    layer, x = Layer(4, 4), torch.randn(2, 4)
+    found = randomize(adapter.add_adapter(nn.Sequential(layer), "0", bottleneck=2))[0]
+    u = nn.Linear.forward(layer, x)
+    expected = make(u + found.adapter(u))
+    assert type(found(x)) is type(expected)
+    for one, other in zip(found(x), expected):
+        assert torch.equal(one, other) if torch.is_tensor(one) else one == other
+
+
+@pytest.mark.parametrize("output", [None, {"x": torch.zeros(2, 4)}, SimpleNamespace(x=1), (None, 1), "x"])
+def test_other_outputs_are_refused(output):
+    """A layer that returns anything else has no u to add to: one line says so."""
+
+    class Layer(nn.Linear):
+        def forward(self, x):
+            return output
+
+    model = adapter.add_adapter(nn.Sequential(Layer(4, 4)), "0", bottleneck=2)
+    with pytest.raises(adapter.Error, match="an adapter needs a layer whose output is a tensor or begins with one"):
+        model(torch.zeros(2, 4))

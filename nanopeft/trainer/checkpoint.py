@@ -316,9 +316,17 @@ def adapter_arguments(config):
         ("reduction", "reduction", (int, type(None)), None), ("bottleneck", "bottleneck", (int, type(None)), None),
         ("activation", "activation", (str,), None),
     ]  # fmt: skip
-    arguments = read_fields(config, fields)
+    arguments = read_fields(config, fields) | head_arguments(config)
     check_targets(arguments["targets"])
     return arguments
+
+
+def head_arguments(config):
+    """Modules that were trained whole. A file that does not speak of them has none, whatever the model's are called."""
+    names = config.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise Error(f"adapter_config.json: modules_to_save must be a list of names, not {names!r}")
+    return {"modules_to_save": tuple(names)}
 
 
 def fusion_arguments(config):
@@ -328,7 +336,7 @@ def fusion_arguments(config):
         raise Error(f"adapter_config.json: adapters must be a list of configurations, not {adapters!r}")
     for one in adapters:
         adapter_arguments(one)
-    return {"adapters": [(one, None) for one in adapters]}
+    return {"adapters": [(one, None) for one in adapters]} | head_arguments(config)
 
 
 CAUSAL_LM = {"task_type": ["CAUSAL_LM", None], "num_transformer_submodules": [1, None], "modules_to_save": [None, []]}

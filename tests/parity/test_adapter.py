@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from nanopeft import adapter, gpt
+from nanopeft.trainer import checkpoint
 from nanopeft.trainer.checkpoint import save_gpt
 
 # --------------------------------------------------------------------------------------------------------- small models
@@ -281,12 +282,104 @@ def test_blocks_that_return_a_list():
     assert torch.equal(block(x)[0], y + block.adapter(y))
 
 
-def test_a_new_head_is_frozen_and_not_in_the_state():
-    """A classifier's head is neither trained nor stored with the adapter, as the docstring warns."""
-    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, num_labels=3)
-    model = adapter.add_adapter(transformers.GPT2ForSequenceClassification(config))
-    assert not model.score.weight.requires_grad
+def classifier(kind, seed=0):
+    """A random model with a new head."""
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=64, num_labels=3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    bert = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    if kind == "gpt2":
+        return transformers.GPT2ForSequenceClassification(
+            transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, **sizes)
+        ).eval()
+    if kind == "roberta":  # its head is two layers, one of which has the name of a target
+        return transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**sizes, **bert)).eval()
+    return transformers.BertForTokenClassification(transformers.BertConfig(**sizes, **bert)).eval()
+
+
+HEADS = {
+    "gpt2": (None, ["score.weight"]),
+    "bert": (("attention.output.dense", "output.dense"), ["classifier.bias", "classifier.weight"]),
+    "roberta": (
+        ("output.dense", "classifier.dense"),
+        [f"classifier.{layer}.{part}" for layer in ("dense", "out_proj") for part in ("bias", "weight")],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_classifiers_head_is_trained_and_stored(kind):
+    """The modules that peft trains and stores for a classifier are trained and stored here, and come back."""
+    targets, keys = HEADS[kind]
+    model = adapter.add_adapter(classifier(kind), targets, bottleneck=4)
+    task, linear = "TOKEN_CLS" if kind == "bert" else "SEQ_CLS", "c_attn" if kind == "gpt2" else "query"
+    theirs = peft.get_peft_model(classifier(kind), peft.LoraConfig(task_type=task, target_modules=[linear]))
+    found = {k.removeprefix("base_model.model.") for k in peft.get_peft_model_state_dict(theirs) if "lora_" not in k}
+    state = adapter.adapter_state_dict(model)
+    assert sorted(found) == keys == sorted(key for key in state if ".adapter." not in key)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == state.keys()
+    assert adapter.adapter_config(model)["modules_to_save"] == [keys[0].split(".")[0]]
+
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    before = {key: t.clone() for key, t in state.items()}
+    randomize(model)
+    model(IDS).logits.square().sum().backward()
+    optimizer.step()
+    state = {key: t.clone() for key, t in adapter.adapter_state_dict(model).items()}
+    assert not any(torch.equal(state[key], before[key]) for key in keys)
+    config = checkpoint.adapter_arguments(json.loads(json.dumps(adapter.adapter_config(model))))
+    other = adapter.add_adapter(classifier(kind), **config)
+    adapter.load_adapter_state_dict(other, state)
+    assert torch.equal(other(IDS).logits, model(IDS).logits)
+
+
+def test_a_head_stays_as_trained():
+    """Disabled or removed, adapters leave the trained head in the model, frozen; without training it is the base."""
+    base = classifier("gpt2")
+    model = adapter.add_adapter(copy.deepcopy(base))
+    assert torch.equal(model(IDS).logits, base(IDS).logits)
+    randomize(model)
+    nn.init.normal_(model.score.weight)
+    base.score.weight.data.copy_(model.score.weight)
+    with adapter.adapter_disabled(model):
+        assert torch.equal(model(IDS).logits, base(IDS).logits)
+    assert not torch.equal(model(IDS).logits, base(IDS).logits)
+    adapter.remove_adapter(model)
+    assert torch.equal(model(IDS).logits, base(IDS).logits)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_modules_to_save_are_named():
+    """Other modules can be named, or none; a name that the model lacks is refused, with nothing changed."""
+    model = adapter.add_adapter(classifier("gpt2"), modules_to_save=())
     assert all(".adapter." in key for key in adapter.adapter_state_dict(model))
+    assert not model.score.weight.requires_grad
+    model = adapter.add_adapter(classifier("gpt2"), modules_to_save=("ln_f", "score"))
+    heads = {"transformer.ln_f.weight", "transformer.ln_f.bias", "score.weight"}
+    assert heads < adapter.adapter_state_dict(model).keys()
+    base = classifier("gpt2")
+    with pytest.raises(adapter.Error, match="modules_to_save=.'scroe',. must be ends of names of modules"):
+        adapter.add_adapter(base, modules_to_save=("scroe",))
+    assert all(p.requires_grad for p in base.parameters())
+
+
+def test_a_fusion_trains_the_heads_own():
+    """Adapters leave the heads of their tasks behind; the model's own is trained and stored with the fusion."""
+    made = []
+    for _ in range(2):
+        model = randomize(adapter.add_adapter(classifier("gpt2"), placement="pfeiffer", bottleneck=4))
+        nn.init.normal_(model.score.weight)
+        made.append((adapter.adapter_config(model), adapter.adapter_state_dict(model)))
+    base = classifier("gpt2")
+    head = base.score.weight.clone()
+    model = adapter.add_fusion(base, made)
+    assert torch.equal(model.score.weight, head) and model.score.weight.requires_grad
+    state, config = adapter.fusion_state_dict(model), adapter.fusion_config(model)
+    trained = {name.replace(".adapter.", ".fusion.") for name, p in model.named_parameters() if p.requires_grad}
+    assert "score.weight" in state and trained < state.keys()
+    nn.init.normal_(model.score.weight)
+    other = adapter.add_fusion(classifier("gpt2"), **checkpoint.fusion_arguments(json.loads(json.dumps(config))))
+    adapter.load_fusion_state_dict(other, adapter.fusion_state_dict(model))
+    assert torch.equal(other(IDS).logits, model(IDS).logits)
 
 
 @pytest.mark.parametrize("case", ["pfeiffer", "fusion"])
