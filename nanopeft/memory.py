@@ -372,7 +372,8 @@ def main():
         only, parts = "ZeRO" if args.stage is None else f"ZeRO {args.stage}", training(s, args.gpus, args.rank or 8)
         parts = {how: found for how, found in parts.items() if "ZeRO" not in how or only in how}
     elif s.linears:
-        settings = {name: given[name] for name in ("rank", "quant", "bottleneck", "tokens", "recompute") if name in given}
+        own = ("rank", "quant", "bottleneck", "tokens", "recompute")
+        settings = {name: given[name] for name in own if name in given}
         length = args.length or min(512, max(1, s.P // 2))
         s = run_of(s, args.method or "full", args.precision or "bf16", args.batch or 1, length, **settings)
         parts = (step_bytes(s) if args.method else parts) | {"beside it": evaluate(ON_TOP, s)}
