@@ -105,11 +105,7 @@ class QuantizedLinear(nn.Linear):
         scale = quant.dequantize_scales(self.scale, self.scale2, self.mean) if self.double_quant else self.scale
         return quant.dequantize_nf4(self.q, scale, (self.out_features, self.in_features), dtype=dtype)
 
-    @property
-    def weight(self):
-        """Ŵ for a model that reads it, as T5 reads its dtype: (out, in), or a Conv1D's (in, out). Not kept."""
-        W = self.dequantize(self.original_dtype)
-        return W if isinstance(self.original_layer, nn.Linear) else W.t().contiguous()
+    weight = property(lambda self: self.dequantize(self.original_dtype))  # a model may read it: T5 asks for its dtype
 
     def forward(self, x):
         return DequantizeLinear.apply(x, self.bias, self)
@@ -140,11 +136,12 @@ def add_qlora(model, targets="all-linear", *, quant_type="nf4", double_quant=Tru
 def merge_qlora(model, dtype=None):
     """Dequantizes the layers, into their original dtype or `dtype`, and merges the update: lora.remove_lora comes next.
 
-    If lora.merge_lora refuses (LoRA on a tied head, or a sharded model), all is dequantized and nothing merged.
+    If lora.merge_lora refuses (LoRA on a tied head, or inside lora_disabled), all is dequantized and nothing merged.
     """
     for layer in [m for m in model.modules() if isinstance(m, QuantizedLinear)]:
-        original, layer.original_dtype = layer.original_layer, dtype or layer.original_dtype
-        original.weight, original.bias = nn.Parameter(layer.weight, requires_grad=False), layer.bias
+        weight, original = layer.dequantize(dtype or layer.original_dtype), layer.original_layer
+        weight = weight if isinstance(original, nn.Linear) else weight.t().contiguous()
+        original.weight, original.bias = nn.Parameter(weight, requires_grad=False), layer.bias
         lora.replace(model, {layer: original})
     return lora.merge_lora(model)
 
@@ -156,7 +153,7 @@ def quantizable(model, targets, quant_type, modules_to_save):
     """{name: layer} of the target layers that can be quantized; Error if there are none, or one that cannot be."""
     if quant_type not in ("nf4", "int8"):
         raise Error(f"quant_type must be nf4 or int8, not {quant_type!r}")
-    head = getattr(lora.unwrap(model), "get_output_embeddings", lambda: None)()
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     found = lora.find_targets(model, targets, lora.find_saved(model, modules_to_save))
     layers = {name: layer for name, layer in found.items() if lora.is_linear(layer) and layer is not head}
     if not layers:

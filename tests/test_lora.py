@@ -2,7 +2,6 @@
 """What nanopeft/lora.py claims, against its formulas in fp64 and without another library."""
 
 import copy
-import io
 import math
 import runpy
 import shutil
@@ -103,7 +102,7 @@ def dense(layer):
     """(W (out, in) or (V, d), s · update of the same shape) of a wrapped layer, in fp64 and element by element."""
     A, B = [p.detach().double() for n, p in layer.named_parameters() if "lora_" in n]
     update = layer.scaling * sum(B[:, k, None] * A[None, k, :] for k in range(len(A)))  # (out, in)
-    W = layer.weight.detach().double().clone()
+    W = layer.base_layer.weight.detach().double().clone()
     if isinstance(layer, lora.LoRAEmbedding):
         return W, update.t()
     return (W.t() if isinstance(layer.base_layer, Conv1D) else W), update
@@ -457,7 +456,7 @@ def test_a_small_update_survives_a_merge_into_16_bits():
     A, B = factors(model)[0]
     nn.init.ones_(A)
     nn.init.constant_(B, 2**-8 * 1.02)  # just more than half a step: rounds up everywhere
-    before = model[0].weight.double()
+    before = model[0].base_layer.weight.double()
     after = lora.merge_lora(model)[0].weight.double()
     assert torch.equal(after - before, torch.full_like(before, 2**-7))
 
@@ -481,7 +480,7 @@ def test_what_a_merge_into_bf16_loses():
     assert unchanged.item() == pytest.approx(0.52, abs=0.01) and error.item() == pytest.approx(0.5, abs=0.01)
     assert "52 % of the weights do not change and the error is 50 % of the update" in " ".join(lora.__doc__.split())
     assert ((merged - delta).to(torch.bfloat16) == W).double().mean() < 0.999
-    assert torch.equal(lora.unmerge_lora(model)[0].weight, W)
+    assert torch.equal(lora.unmerge_lora(model)[0].base_layer.weight, W)
 
 
 def test_training_goes_on_after_a_merge_was_taken_back():
@@ -522,21 +521,16 @@ def test_disabled_gives_the_base_and_then_lora_again(merged):
         assert_same_bits(before, bits(model))
 
 
-def test_merging_while_disabled_leaves_the_base_inside():
-    """merge_lora inside lora_disabled leaves the base there, to the last bit, and a merged model afterwards."""
+def test_merging_while_disabled_is_refused():
+    """merge_lora inside lora_disabled would make the base something else: it is refused, and the base stays."""
     torch.manual_seed(0)
     model = randomize(lora.add_lora(one_layer("linear", 6, 5)))
     x = an_input("linear", 6)
-    before, unmerged = model[0].base_layer(x), model(x)
     with lora.lora_disabled(model):
-        lora.merge_lora(model)
-        assert torch.equal(model(x), before)
+        with pytest.raises(lora.Error, match="outside"):
+            lora.merge_lora(model)
+        assert torch.equal(model(x), model[0].base_layer(x))
     assert_noticeable(model, x)
-    torch.testing.assert_close(model(x), unmerged, rtol=1e-13, atol=1e-13)  # fp64 sums of 6 products and of 8
-    with lora.lora_disabled(model):
-        lora.unmerge_lora(model)
-        assert torch.equal(model(x), before)
-    assert torch.equal(model(x), unmerged)
 
 
 def test_remove_leaves_a_plain_model():
@@ -689,49 +683,18 @@ def test_a_quantized_layer_is_trained_but_not_merged(dtype):
     assert_same_bits(before, bits(model))
 
 
-def test_a_wrapper_shows_weight_and_bias():
-    """A model that reads layer.weight and layer.bias, as T5 reads a weight's dtype, finds the base layer's own."""
-
-    class Reader(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.table, self.up = nn.Embedding(8, 4), nn.Linear(4, 3, dtype=torch.bfloat16)
-
-        def forward(self, ids):
-            return self.up(self.table(ids).to(self.up.weight.dtype)) - self.up.bias
-
-    model = Reader()
-    before = model(torch.arange(8))
-    lora.add_lora(model, ("table", "up"))
-    assert model.up.weight is model.up.base_layer.weight and model.up.bias is model.up.base_layer.bias
-    assert model.table.weight is model.table.base_layer.weight
-    assert torch.equal(model(torch.arange(8)), before)
-
-
-@pytest.fixture
-def slow_path():
-    torch.backends.mha.set_fastpath_enabled(False)
-    yield
-    torch.backends.mha.set_fastpath_enabled(True)
-
-
-def test_torchs_encoder_layer_is_refused_while_it_skips_the_wrapper():
-    """torch's encoder layer reads its linears' weights in eval mode: LoRA would be gone there, and is refused."""
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
-    with pytest.raises(lora.Error, match="set_fastpath_enabled"):
-        lora.add_lora(model, ("linear1", "linear2"))
-
-
-def test_torchs_encoder_layer_works_without_its_fast_path(slow_path):
-    """With the fast path off, LoRA on torch's encoder layer gives the same in training and in eval mode."""
+def test_a_wrapper_shows_the_weight_that_it_computes_with():
+    """A model that reads layer.weight and layer.bias finds W + ΔW in W's dtype; disabled, the base layer's own."""
     torch.manual_seed(0)
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2)
-    randomize(lora.add_lora(model, ("linear1", "linear2"), alpha=64))
-    x = torch.randn(2, 3, 8)
-    assert_noticeable(model, x)
-    trained = model(x)
-    with torch.no_grad():
-        assert torch.equal(model.eval()(x), trained)
+    model = nn.Sequential(OrderedDict(table=nn.Embedding(8, 4), up=nn.Linear(4, 3, dtype=torch.bfloat16)))
+    randomize(lora.add_lora(model, ("table", "up"), r=2))
+    for layer in model:
+        W, update = dense(layer)
+        W, update = (x.to(layer.base_layer.weight.dtype) for x in (W, update))
+        torch.testing.assert_close(layer.weight, W + update)  # torch's tolerances for the dtype: it is rounded once
+        with lora.lora_disabled(model):
+            assert layer.weight is layer.base_layer.weight
+    assert model.up.bias is model.up.base_layer.bias
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
@@ -778,11 +741,8 @@ class Everything(nn.Module):
         ({"targets": ("ln",)}, "h.0.ln is a LayerNorm; LoRA fits on"),
         ({"targets": (r"h.*",)}, "no layer fits"),
         ({"targets": r"h\.[01"}, "is not a regular expression"),
-        ({"targets": ("up", "out_proj")}, "attention.out_proj: MultiheadAttention reads its weight"),
-        ({"targets": "all-linear"}, r"attention.out_proj: MultiheadAttention reads its weight.* give targets=\['up'\]"),
         ({"modules_to_save": "table"}, "modules_to_save='table' must be a list of ends of names"),
         ({"modules_to_save": ["tabel"]}, r"modules_to_save=\['tabel'\] must be a list"),
-        ({"targets": ("up", "table"), "modules_to_save": [""]}, "no layer fits"),
         ({"modules_to_save": ["up"]}, "no layer fits"),
     ],
 )
@@ -827,37 +787,49 @@ def test_adding_twice_is_refused():
 
 
 class Reads(nn.Module):
-    """A layer whose weight is read, in one way or another, and called or not."""
+    """A model that reads the weights of its layers, and calls none of them."""
 
     def __init__(self):
         super().__init__()
-        self.by_hand, self.as_function, self.handed = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-        self.called, self.table, self.ends = nn.Linear(4, 4), nn.Embedding(4, 4), nn.Linear(4, 4)
-        nn.init.zeros_(self.handed.weight)
+        self.by_hand, self.as_function, self.table = nn.Linear(4, 4), nn.Linear(4, 4), nn.Embedding(4, 4)
 
     def forward(self, x):
         x = (self.by_hand.weight @ x.t()).t()
         x = F.linear(x, self.as_function.weight, self.as_function.bias)
-        for layer in (self.handed, self.ends):
-            x = layer(x)
-        x = self.called(x.to(self.called.weight.dtype))
         return x + F.embedding(torch.arange(len(x)), self.table.weight)
 
 
-class InheritsThem(Reads):
-    pass
+class Attends(nn.Module):
+    """Two modules of torch that read weights: MultiheadAttention always, TransformerEncoderLayer in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(self.attention(x[None], x[None], x[None])[0])[0]
 
 
-@pytest.mark.parametrize("kind", [Reads, InheritsThem])
-def test_a_layer_whose_weight_is_read_and_which_is_never_called_is_refused(kind):
-    """Computed with by the model itself, a layer or table is refused; asked for its dtype, or called elsewhere, not."""
-    for target in ("by_hand", "as_function", "table"):
-        with pytest.raises(lora.Error, match=f"{target}: {kind.__name__} reads its weight, never calls it"):
-            lora.add_lora(nn.Sequential(kind()), (target,))
+@pytest.mark.parametrize("kind", [Reads, Attends])
+def test_a_layer_whose_weight_is_only_read_is_trained_too(kind):
+    """Where a model reads a weight and never calls the layer, the update counts and learns as in the merged model."""
     torch.manual_seed(0)
-    model = randomize(lora.add_lora(nn.Sequential(kind()), ("handed", "called", "ends"), r=2))
-    model(torch.randn(3, 4)).square().sum().backward()
+    x, base = torch.randn(4, 4).double(), kind().double()
+    targets = ["by_hand", "as_function", "table"] if kind is Reads else ["out_proj", "linear1", "linear2"]
+    model = randomize(lora.add_lora(copy.deepcopy(base), targets, r=2))
+    with torch.no_grad():
+        expected = copy.deepcopy(base)
+        for name, layer in lora.lora_layers(model).items():
+            W, update = dense(layer)
+            expected.get_submodule(name).weight.copy_(W + update)
+    for mode in (True, False):
+        with torch.set_grad_enabled(mode):
+            # fp64: a few layers of sums of 8 terms
+            torch.testing.assert_close(model.train(mode)(x), expected.train(mode)(x), rtol=1e-12, atol=1e-12)
+    model.train()(x).square().sum().backward()
     assert all(p.grad.abs().max() > 0 for p in lora.lora_parameters(model).values())
+    torch.testing.assert_close(lora.merge_lora(model)(x), expected.train()(x), rtol=1e-12, atol=1e-12)
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -909,7 +881,7 @@ def test_modules_to_save_are_trained_in_full_and_saved():
     assert {key for key in state if "lora_" not in key} == heads.keys() and len(state) == 4 + len(heads)
     assert all(not torch.equal(state[key], t) for key, t in heads.items())
     for name, p in model.named_parameters():
-        assert p.requires_grad == ("lora_" in name or "head.trained" in name) and (p.grad is None) != p.requires_grad
+        assert p.requires_grad == ("lora_" in name or "head." in name) and (p.grad is None) != p.requires_grad
     other = lora.add_lora(copy.deepcopy(base), ("0", "2"), r=2, modules_to_save=["head"])
     lora.load_lora_state_dict(other, state)
     assert torch.equal(other(x), model.eval()(x)) and not torch.allclose(other(x), base(x))
@@ -919,56 +891,25 @@ def test_modules_to_save_are_trained_in_full_and_saved():
     assert torch.equal(clone(x), other(x)) and lora.lora_config(clone)["modules_to_save"] == ["head"]
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_disabled_or_removed_the_original_module_comes_back(merged):
-    """Disabled, merged or not, and removed unmerged, the model is the base; removed after a merge, it has the copy."""
+def test_modules_to_save_stay_as_trained():
+    """Disabled or removed, LoRA leaves the modules to save as they were trained, frozen in the end."""
     base, x = with_a_head()
     model = randomize(lora.add_lora(copy.deepcopy(base), ("0", "2"), r=2, modules_to_save=("head",)))
-    for p in model.head.trained.parameters():
+    for p in model.head.parameters():
         nn.init.normal_(p)
-    y, plain = model(x), base(x)
-    assert (y - plain).abs().max() > 0.1 * y.abs().max()
-    if merged:
-        lora.merge_lora(model)
+    base.head.load_state_dict(model.head.state_dict())
+    assert (model(x) - base(x)).abs().max() > 0.1 * base(x).abs().max()
     with lora.lora_disabled(model):
-        assert torch.equal(model(x), plain)
-    found = model(x)
-    torch.testing.assert_close(found, y, rtol=1e-4, atol=1e-4)  # fp32 sums of 8, four layers
-    lora.remove_lora(model)
-    assert torch.equal(model(x), found if merged else plain)
-    assert model.state_dict().keys() == base.state_dict().keys()
-    assert not any(p.requires_grad for p in model.parameters())
-    assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
+        assert torch.equal(model(x), base(x))
+    assert torch.equal(lora.remove_lora(model)(x), base(x))
+    assert not any(p.requires_grad for p in model.parameters()) and not hasattr(model.head, "saved_as")
 
 
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.table, self.up = nn.Embedding(8, 4, padding_idx=0), nn.Linear(4, 4)
-
-    def forward(self, ids):
-        return F.linear(self.up(self.table(ids)), self.table.weight) * (ids != self.table.padding_idx)[..., None]
-
-
-
-def test_a_model_may_read_what_it_saves():
-    """A model that reads the weight of a module in modules_to_save finds the copy's, disabled the original's."""
-    torch.manual_seed(0)
-    base, ids = Tied(), torch.arange(8)
-    model = lora.add_lora(copy.deepcopy(base), ("up",), modules_to_save=("table",))
-    expected = copy.deepcopy(base)
-    nn.init.normal_(expected.table.weight)
-    with torch.no_grad():
-        model.table.weight.copy_(expected.table.weight)
-    assert torch.equal(model(ids), expected(ids))
-    with lora.lora_disabled(model):
-        assert torch.equal(model(ids), base(ids))
-    with pytest.raises(AttributeError, match="nothing"):
-        model.table.nothing  # noqa: B018
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    assert torch.equal(torch.load(buffer, weights_only=False)(ids), expected(ids))
+def test_what_cannot_be_saved_is_refused():
+    """A text for a list, a name that no module has, and a module that shares its weight with another are refused."""
+    for wrong in ("lm_head", ["nothing"], ["lm_head"]):
+        with pytest.raises(lora.Error, match="modules_to_save=.* must be a list of ends of names of modules"):
+            lora.add_lora(tiny_gpt(), ("c_attn",), modules_to_save=wrong)
 
 
 # ---------------------------------------------------------------------------------------------------- sharded models
@@ -1230,9 +1171,9 @@ def test_converting_a_merged_model_converts_what_unmerging_brings_back():
     """Cast while it is merged, a model still unmerges to its base weight, in the new type."""
     torch.manual_seed(0)
     model = randomize(lora.add_lora(one_layer("linear", 4, 3)))
-    W = model[0].weight.detach().clone()
+    W = model[0].base_layer.weight.detach().clone()
     lora.unmerge_lora(lora.merge_lora(model).to(torch.bfloat16))
-    assert torch.equal(model[0].weight, W.to(torch.bfloat16))
+    assert torch.equal(model[0].base_layer.weight, W.to(torch.bfloat16))
 
 
 # ---------------------------------------------------------------------------------------------------------------- paste

@@ -179,7 +179,7 @@ def save(model, encoding, args, folder, base_checksum):
     """Writes what was trained, full: a GPT-2 checkpoint. The numbers and bytes on the disk."""
     method = METHODS[args.method]
     if method.state_dict is not None:
-        config = method.config(model) | {"base_model_name_or_path": args.base}
+        config = method.config(model) | {"base_model_name_or_path": args.base, "task_type": "CAUSAL_LM"}
         state, files = method.state_dict(model), ("adapter_config.json", "adapter_model.safetensors")
         checkpoint.save_adapter(folder, state, config, base_checksum)
         return {"stored_parameters": sum(t.numel() for t in state.values()), "stored_bytes": size_of(folder, files)}
