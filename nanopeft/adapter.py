@@ -130,14 +130,16 @@ def fusion_penalty(model):
 class AdapterLayer(nn.Module):
     """u + A(u) on the output u of the layer that it wraps. A block may return a tuple or list that begins with u."""
 
-    def __init__(self, base_layer, adapter):
+    def __init__(self, base_layer, adapter, name=""):
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer, self.saved_as, self.enabled = base_layer, name, True
         self.adapter = adapter.train(base_layer.training)  # an Adapter or a Fusion
         self.training = base_layer.training
 
     def forward(self, *args, **kwargs):
         output = self.base_layer(*args, **kwargs)
+        if not self.enabled:
+            return output
         u, *rest = output if isinstance(output, (tuple, list)) else (output,)  # u (B, T, d)
         if not torch.is_tensor(u):
             raise Error(f"an adapter needs a layer whose output is a tensor or begins with one, not {type(u).__name__}")
@@ -159,8 +161,8 @@ def add_adapter(
     targets: ends of names, or one regular expression for the whole name, such as r"transformer\\.h\\.\\d+".
     reduction: m = d // reduction, by default 16; or bottleneck: m itself.
     activation: a name in torch.nn.functional (AdapterHub's silu for houlsby, relu for pfeiffer), or any function.
-    modules_to_save: ends of names of modules that are trained whole and stored too, by default a classifier's new head,
-        "classifier" or "score". They are the model's own: removed or disabled, adapters leave them as trained.
+    modules_to_save: ends of names of modules that are trained in full and saved too; by default a classifier's new
+        head, if it is called "classifier", "score" or "qa_outputs". Without adapters it stays as trained.
     """
     defaults = {"houlsby": (("attn.c_proj", "mlp.c_proj"), "silu"), "pfeiffer": ("blocks", "relu")}
     if placement not in defaults:
@@ -169,6 +171,8 @@ def add_adapter(
     activation = defaults[placement][1] if activation is None else activation
     reduction = 16 if reduction is None and bottleneck is None else reduction
     f = getattr(F, activation, None) if isinstance(activation, str) else activation
+    if any(isinstance(m, (nn.DataParallel, nn.parallel.DistributedDataParallel)) for m in model.modules()):
+        raise Error("add adapters to the plain model, then wrap it: DDP knows only the parameters that it began with")
     if adapter_layers(model):
         raise Error("the model has adapters already: remove_adapter(model) first")
     given = [size for size in (reduction, bottleneck) if size is not None]
@@ -182,12 +186,12 @@ def add_adapter(
         if bottleneck is None and reduction > d:
             raise Error(f"reduction must be at most {d}, the width of {name}, and is {reduction}")
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-        layers[layer] = AdapterLayer(layer, Adapter(d, bottleneck or d // reduction, f, dtype=dtype, device=p.device))
-    freeze(model, heads)  # the adapters are not in it yet
-    replace(model, layers)
+        adapter = Adapter(d, bottleneck or d // reduction, f, dtype=dtype, device=p.device)
+        layers[layer] = AdapterLayer(layer, adapter, name)
+    put_in(model, layers, heads)
     sizes = {"placement": placement, "reduction": reduction, "bottleneck": bottleneck, "activation": activation}
     sizes["target_modules"] = targets if isinstance(targets, str) else list(targets)
-    unwrapped(model).adapter_config = {"peft_type": "BOTTLENECK_ADAPTER", **sizes, "modules_to_save": ends(heads)}
+    model.adapter_config = {"peft_type": "BOTTLENECK_ADAPTER", **sizes, "modules_to_save": [*heads]}
     return model
 
 
@@ -212,47 +216,52 @@ def add_fusion(model, adapters, *, modules_to_save=None):
             nn.ParameterList(trained).requires_grad_(True)
         if stacks[-1].keys() != stacks[0].keys():
             raise Error(f"the adapters are on different blocks: {', '.join(stacks[0])} and {', '.join(stacks[-1])}")
-    freeze(model, heads)
-    blocks, configs = dict(named_layers(model)), [dict(config) for config, _ in adapters]
+    blocks, configs = bare_names(model), [dict(config) for config, _ in adapters]
     fusions = {blocks[name]: Fusion([stack[name] for stack in stacks]) for name in stacks[0]}
-    replace(model, {block: AdapterLayer(block, fusion) for block, fusion in fusions.items()})
-    heads = {"modules_to_save": ends(heads)}
-    unwrapped(model).adapter_config = {"peft_type": "ADAPTER_FUSION", "adapters": configs, **heads}
+    layers = {block: AdapterLayer(block, fusion, name) for name, (block, fusion) in zip(stacks[0], fusions.items())}
+    put_in(model, layers, heads)
+    model.adapter_config = {"peft_type": "ADAPTER_FUSION", "adapters": configs, "modules_to_save": [*heads]}
     return model
 
 
 def remove_adapter(model):
     """Puts the bare layers back in place of adapters or a fusion, and returns the model. It stays frozen."""
-    replace(model, base_layers(model))
-    freeze(model, {})
-    vars(unwrapped(model)).pop("adapter_config", None)
+    layers = adapter_layers(model).values()
+    for layer in layers:
+        layer.enabled = False  # what has been compiled around it may call it still
+    replace(model, {layer: layer.base_layer for layer in layers})
+    for module in model.requires_grad_(False).modules():
+        for name in ("adapter_config", "saved_as"):
+            vars(module).pop(name, None)
     return model
 
 
 @contextmanager
 def adapter_disabled(model):
     """The base model, inside the `with`."""
-    bare = base_layers(model)
-    replace(model, bare)
+    layers = [layer for layer in adapter_layers(model).values() if layer.enabled]  # none inside another one
+    for layer in layers:
+        layer.enabled = False
     try:
         yield model
     finally:
-        replace(model, {layer: outer for outer, layer in bare.items()})
+        for layer in layers:
+            layer.enabled = True
 
 
 def adapter_layers(model):
-    """{name: AdapterLayer} of the wrapped layers."""
-    return {name: unwrapped(m) for name, m in named_layers(model) if isinstance(unwrapped(m), AdapterLayer)}
+    """{name: AdapterLayer} of the wrapped layers, by the names that they had when they were added."""
+    return {m.saved_as: m for m in model.modules() if isinstance(m, AdapterLayer)}
 
 
 def adapter_state_dict(model):
     """The content of adapter_model.safetensors: the adapters, or a fusion together with the adapters that it fuses, and
-    the modules_to_save. Names are those of the bare model, whatever wraps it or a part of it."""
+    the modules_to_save, by the names that they had when they were added."""
     parts = {f"{name}.{type(m.adapter).__name__.lower()}.": m.adapter for name, m in adapter_layers(model).items()}
-    heads = find_heads(model, getattr(unwrapped(model), "adapter_config", {}).get("modules_to_save") or ())
-    parts |= {f"{name}.": unwrapped(head) for name, head in heads.items()}
+    heads = [m for m in model.modules() if "saved_as" in vars(m) and not isinstance(m, AdapterLayer)]
+    parts |= {f"{head.saved_as}.": head for head in heads}
     state = {key: t for prefix, part in parts.items() for key, t in part.state_dict(prefix=prefix).items()}
-    if any(t.shape == (0,) for t in state.values()):
+    if any(t.numel() == 0 for t in state.values()):
         raise Error("the parameters are sharded, and here have no elements: do this inside `with engine.whole():`")
     return state
 
@@ -272,9 +281,10 @@ def load_adapter_state_dict(model, state):
 
 def adapter_config(model):
     """The adapter_config.json that goes with adapter_state_dict. peft has neither method and refuses the file."""
-    if not hasattr(unwrapped(model), "adapter_config"):
-        raise Error("the model has no adapter: add_adapter(model) or add_fusion(model, adapters) first")
-    return dict(unwrapped(model).adapter_config)
+    for module in model.modules():  # the model may be wrapped by now
+        if "adapter_config" in vars(module):
+            return dict(module.adapter_config)
+    raise Error("the model has no adapter: add_adapter(model) or add_fusion(model, adapters) first")
 
 
 fusion_state_dict, load_fusion_state_dict, fusion_config = adapter_state_dict, load_adapter_state_dict, adapter_config
@@ -282,53 +292,39 @@ fusion_state_dict, load_fusion_state_dict, fusion_config = adapter_state_dict, l
 # ------------------------------------------------------------------------------------------------------------- plumbing
 
 
-def unwrapped(model):
-    """The model inside torch.compile, DDP, DataParallel, FSDP or a checkpoint wrapper, in any order."""
-    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    for name in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module" if parallel else None):
-        if name in model._modules:
-            return unwrapped(model._modules[name])
-    return model
-
-
-def named_layers(model, name="", seen=None):
-    """As named_modules, by the bare model's names: a module and what wraps it are one, and the outermost is given."""
-    seen = set() if seen is None else seen
-    if model not in seen:
-        seen.add(model)
-        yield name, model
-        for child, module in unwrapped(model).named_children():
-            yield from named_layers(module, f"{name}.{child}".lstrip("."), seen)
-
-
-def base_layers(model):
-    """{AdapterLayer, or what wraps it: the bare layer}."""
-    return {m: unwrapped(m).base_layer for _, m in named_layers(model) if isinstance(unwrapped(m), AdapterLayer)}
-
-
-def find_heads(model, names):
-    """{name: module} of those whose names end in one of `names`, by default those of a classifier's head."""
-    default = ("classifier", "score") if names is None else names
-    found = {n: m for n, m in named_layers(model) if n.rpartition(".")[2] in default}
-    if names is not None and ends(found) != sorted(set(names)):
-        raise Error(f"modules_to_save={names!r} must be ends of names of modules; found: {ends(found)}")
+def bare_names(model):
+    """{name: module}, as if torch.compile, FSDP or activation checkpointing had wrapped no part of the model."""
+    wrapper, found = r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)", {}
+    for name, module in model.named_modules():
+        found.setdefault(re.sub(wrapper, "", name).rstrip("."), module)  # of equal names the outermost
     return found
 
 
-def ends(heads):
-    return sorted({name.rpartition(".")[2] for name in heads})
+def find_heads(model, ends):
+    """{name: module} of modules_to_save: by ends of names, or by default a classifier's new head."""
+    modules = bare_names(model)
+    if ends is None:
+        return {name: modules[name] for name in ("classifier", "score", "qa_outputs") if name in modules}
+    found = {name: module for name, module in modules.items() if name.endswith(tuple(ends))}
+    if isinstance(ends, str) or ends and not found:
+        raise Error(f"modules_to_save={ends!r} must be a list of ends of names of modules")
+    return found
 
 
-def freeze(model, heads):
+def put_in(model, layers, heads):
+    """Freezes the model but for the heads, and puts the adapters into it."""
     model.requires_grad_(False)
-    nn.ModuleList(heads.values()).requires_grad_(True)
+    replace(model, layers)
+    for name, head in heads.items():
+        head.requires_grad_(True).saved_as = name
 
 
 def find_targets(model, targets, placement, heads):
     """{name: layer}: of the linear layers (houlsby), or of what holds some (pfeiffer), those that `targets` names."""
-    outside = {n: m for n, m in named_layers(model) if n and not any(f"{n}.".startswith(f"{head}.") for head in heads)}
-    layers = {n: m for n, m in outside.items() if any(map(is_linear, m.modules()))}
-    lists = [n for n, m in layers.items() if isinstance(unwrapped(m), nn.ModuleList)]
+    modules, inside = bare_names(model), tuple(f"{head}." for head in heads)
+    layers = {n: m for n, m in modules.items() if n and any(map(is_linear, m.modules()))}
+    layers = {n: m for n, m in layers.items() if not f"{n}.".startswith(inside)}
+    lists = [n for n, m in layers.items() if isinstance(m, nn.ModuleList)]
     fitting = [n for n, m in layers.items() if n not in lists and is_linear(m) == (placement == "houlsby")]
     pattern = targets if isinstance(targets, str) else rf"(.*\.)?({'|'.join(re.escape(str(end)) for end in targets)})"
     if targets == "blocks":
@@ -344,22 +340,22 @@ def find_targets(model, targets, placement, heads):
         there = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", n) for n in fitting})
         raise Error(f"targets={targets!r} names no layer for {placement}; there are {', '.join(there) or 'none'}")
     for name in found:
-        parent = unwrapped(layers.get(name.rpartition(".")[0], model))
+        parent = modules[name.rpartition(".")[0]]
         if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             raise Error(f"{name} may be read, and not called, by its {type(parent).__name__}: wrap the block")
     return {n: layers[n] for n in found if not any(n.startswith(f"{outer}.") for outer in found)}
 
 
 def is_linear(layer):  # Conv1D is Hugging Face's linear layer with the weight as (in, out)
-    return isinstance(unwrapped(layer), nn.Linear) or type(unwrapped(layer)).__name__ == "Conv1D"
+    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
 
 
 def width(model, layer):
     """d, the size of what the layer returns; for a block it is in the model's config, or its last linear layer's."""
-    config = getattr(unwrapped(model), "config", None)
+    config = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     d = getattr(config, "hidden_size", getattr(config, "n_embd", None))
-    last = unwrapped([m for m in layer.modules() if is_linear(m)][-1])
+    last = [m for m in layer.modules() if is_linear(m)][-1]
     return d if d and not is_linear(layer) else getattr(last, "nf", None) or last.out_features
 
 

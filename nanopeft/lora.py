@@ -324,9 +324,12 @@ def is_packed(weight):
     return weight.element_size() < 2 or hasattr(weight, "quant_state")
 
 
-def bare(name):
-    """A module's name without what torch.compile, FSDP and activation checkpointing put into it."""
-    return re.sub(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)", "", name).rstrip(".")
+def bare_names(model):
+    """{name: module}, as if torch.compile, FSDP or activation checkpointing had wrapped no part of the model."""
+    wrapper, found = r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)", {}
+    for name, module in model.named_modules():
+        found.setdefault(re.sub(wrapper, "", name).rstrip("."), module)  # of equal names the outermost
+    return found
 
 
 def replace(model, layers):
@@ -350,32 +353,30 @@ def names(layers):
 
 
 def find_saved(model, ends):
-    """{name: module} of modules_to_save; by default those of the model's own modules that are a new head in peft."""
-    wanted, found, uses = ("classifier", "score", "qa_outputs") if ends is None else ends, {}, count_uses(model)
-    pattern = rf"{'' if ends is None else r'(.*[.])?'}({'|'.join(map(re.escape, wanted))})"
-    for name, module in model.named_modules():
-        if wanted and re.fullmatch(pattern, bare(name)):
-            found.setdefault(bare(name), module)  # the outermost: what wraps a module has the same bare name
+    """{name: module} of modules_to_save: by ends of names, or by default a classifier's new head."""
+    modules, uses = bare_names(model), count_uses(model)
+    if ends is None:
+        return {name: modules[name] for name in ("classifier", "score", "qa_outputs") if name in modules}
+    found = {name: module for name, module in modules.items() if name.endswith(tuple(ends))}
     shared = any(uses[id(p)] > 1 for module in found.values() for p in module.parameters())
-    if isinstance(ends, str) or ends and not found or shared:
+    if isinstance(ends, str) or shared or ends and not found:
         raise Error(f"modules_to_save={ends!r} must be a list of ends of names of modules with weights of their own")
     return found
 
 
 def find_targets(model, targets, saved=()):
     """{name: layer} of what `targets` names, outside of `saved`; Error if that is nothing, or no layer for LoRA."""
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+    if any(isinstance(m, (nn.DataParallel, nn.parallel.DistributedDataParallel)) for m in model.modules()):
         raise Error("add LoRA to the plain model, then wrap it: DDP knows only the parameters that it began with")
-    modules = {}
-    for name, module in model.named_modules():
-        if name and not f"{bare(name)}.".startswith(tuple(f"{other}." for other in saved)):
-            modules.setdefault(bare(name), module)
+    inside = tuple(f"{name}." for name in saved)
+    outside = {name: m for name, m in bare_names(model).items() if not f"{name}.".startswith(inside)}
+    modules = {name: module for name, module in outside.items() if name}
     fitting = {n: m for n, m in modules.items() if is_linear(m) or isinstance(m, nn.Embedding)}
     if targets == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         found = {n: m for n, m in fitting.items() if is_linear(m) and m is not head}
-        own = [*fitting, *saved]
-        passed = [n for n, p in model.named_parameters() if p.dim() > 1 and bare(n).rpartition(".")[0] not in own]
+        others = [(n, m) for n, m in outside.items() if n not in fitting]
+        passed = [f"{n}.{key}" for n, m in others for key, p in m.named_parameters(recurse=False) if p.dim() > 1]
         if passed:  # a mixture of experts may hold them all in one tensor
             warnings.warn(f"all-linear passes over parameters of no linear layer: {names(passed)}", stacklevel=3)
     else:

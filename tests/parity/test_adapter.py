@@ -357,7 +357,7 @@ def test_modules_to_save_are_named():
     heads = {"transformer.ln_f.weight", "transformer.ln_f.bias", "score.weight"}
     assert heads < adapter.adapter_state_dict(model).keys()
     base = classifier("gpt2")
-    with pytest.raises(adapter.Error, match="modules_to_save=.'scroe',. must be ends of names of modules"):
+    with pytest.raises(adapter.Error, match="modules_to_save=.'scroe',. must be a list of ends of names of modules"):
         adapter.add_adapter(base, modules_to_save=("scroe",))
     assert all(p.requires_grad for p in base.parameters())
 
