@@ -319,6 +319,8 @@ class Oracle:
     def updated_weights(self):
         """W + s B A, s = alpha / r or alpha / sqrt(r)."""
         options, found = self.s.options, {}
+        heads = {"score.lora_A", "lm_head.lora_A", "head.lora_A", "embed_out.lora_A"} & self.own.keys()
+        assert not (heads and options["targets"] == "all-linear")
         for name in [name.removesuffix(".lora_A") for name in self.own if name.endswith(".lora_A")]:
             r = next((r for end, r in options["ranks"].items() if f".{name}".endswith(f".{end}")), options["r"])
             A, B, layer = self.own[f"{name}.lora_A"], self.own[f"{name}.lora_B"], self.base.get_submodule(name)
@@ -480,7 +482,7 @@ class Use:
         if self.s.kind in ("llama", "qwen2"):
             coarsest = 1.2e-7  # their norms compute in fp32 in a model of fp64 too
         # A block rounds some ten times, and a norm may double an error; of coarse roundings few are the worst ones
-        eps = max(coarsest, torch.finfo(getattr(torch, self.s.dtype)).eps) * (16 if "16" not in self.s.dtype else 6)
+        eps = max(coarsest, torch.finfo(getattr(torch, self.s.dtype)).eps) * (6 if "16" in self.s.dtype else 16)
         off, largest = (found - expected).abs().max(), expected.abs().max()
         limit = factor * (1 + self.s.depth) * eps * largest + more
         assert off <= limit, f"off by {off:.1e} of {largest:.1e}; the limit is {limit:.1e}"
@@ -665,7 +667,9 @@ LEFT_OUT = {
         s.technique in ("pfeiffer", "fusion") and s.traits[-1:] in (("dict",), ("ModelOutput",))
     ),
     "a layer's sizes under LoRA": lambda s: s.technique in ("lora", "qlora") and "asked for its sizes" in s.traits,
-    "the head inside DataParallel": lambda s: s.wrapper == "dataparallel inside" and s.technique in ("lora", "qlora"),
+    "which head all-linear leaves out": lambda s: (
+        (s.wrapper == "dataparallel inside" or s.kind == "classifier") and s.options.get("targets") == "all-linear"
+    ),
     "checkpointed blocks under a prefix": lambda s: s.wrapper.startswith("checkpoint") and s.technique == "prefix",
     "files of a model that is wrapped inside": lambda s: (
         s.wrapper in (*INSIDE, "checkpoint blocks") and {"save peft", "save ours"} & {*s.actions}
