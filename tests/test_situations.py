@@ -474,8 +474,8 @@ class Use:
         found, expected = (torch.cat([t.detach().double().flatten() for t in side]) for side in (found, expected))
         if self.s.kind in ("llama", "qwen2"):
             coarsest = 1.2e-7  # their norms compute in fp32 in a model of fp64 too
-        # A block rounds some ten times, and a norm may double an error; of coarse roundings few are the worst ones
-        eps = max(coarsest, torch.finfo(getattr(torch, self.s.dtype)).eps) * (6 if "16" in self.s.dtype else 16)
+        # A block rounds some ten times; a norm of small rows may raise an error tenfold, which 16 bits cannot show
+        eps = max(coarsest, torch.finfo(getattr(torch, self.s.dtype)).eps) * (6 if "16" in self.s.dtype else 64)
         off, largest = (found - expected).abs().max(), expected.abs().max()
         limit = factor * (1 + self.s.depth) * eps * largest + more
         assert off <= limit, f"off by {off:.1e} of {largest:.1e}; the limit is {limit:.1e}"
@@ -483,7 +483,8 @@ class Use:
     @torch.no_grad()
     def check(self, model=None, technique=None):
         """The outputs are the oracle's, in whatever mode the model is; dropout is turned off."""
-        model, s = model or self.call, dataclasses.replace(self.s, technique=technique or self.s.technique)
+        model = self.call if model is None else model
+        s = dataclasses.replace(self.s, technique=technique or self.s.technique)
         (rows, _), training = batch(s), model.training
         model.train(training and not s.options.get("dropout"))
         found = outputs(call(model, s, rows), s, rows)
@@ -519,7 +520,7 @@ class Use:
             if not (s.options.get("dropout") or s.technique == "fusion" and is_16bit):  # too coarse for its scores
                 rounding = 4 * max(torch.finfo(ours[name].dtype).eps * plain[name].abs().max() for name in names)
                 moved = [[side[name].double() - before[name] for name in names] for side in (ours, plain)]
-                self.equal(*moved, 3 if is_16bit else 32, 1.2e-7, rounding)  # in gradients much cancels
+                self.equal(*moved, 5 if is_16bit else 16, 1.2e-7, rounding)  # in gradients much cancels
             self.oracle.read(self.model)
 
     def mode(self):
@@ -553,8 +554,9 @@ class Use:
 
     def merge(self, model=None):
         """The same outputs, by weights alone. A tied weight is refused."""
+        merges = qlora.merge_qlora if self.s.technique == "qlora" else lora.merge_lora
         try:
-            (qlora.merge_qlora if self.s.technique == "qlora" else lora.merge_lora)(model or self.model)
+            merges(self.model if model is None else model)
             self.merged = True
         except lora.Error as error:
             assert "shares its weight" in str(error) and "tied" in self.s.traits
@@ -566,7 +568,8 @@ class Use:
 
     def fold(self, model=None):
         """The same outputs, by the vectors alone."""
-        (prefix.fold_prefix if self.s.technique == "prefix" else ptuning.fold_ptuning)(model or self.model)
+        folds = prefix.fold_prefix if self.s.technique == "prefix" else ptuning.fold_ptuning
+        folds(self.model if model is None else model)
         self.oracle.read(self.model)
 
     def save_ours(self):
