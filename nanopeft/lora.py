@@ -100,8 +100,6 @@ def new_factors(layer, r, init):
 class LoRALinear(nn.Module):
     """A frozen linear layer and its update."""
 
-    bias = property(lambda self: self.base_layer.bias)
-
     def __init__(self, base_layer, name, r, alpha, dropout, rslora, init):
         super().__init__()
         self.base_layer, self.saved_as, self.enabled = base_layer, name, True
@@ -133,6 +131,10 @@ class LoRALinear(nn.Module):
 
     def is_active(self):
         return self.enabled and self.unmerged_weight is None
+
+    def __getattr__(self, name):  # a model may read bias, in_features and others of its layer
+        own = ("base_layer", "lora_A", "lora_B", "dropout", "unmerged_weight")
+        return super().__getattr__(name) if name in own else getattr(self.base_layer, name)
 
 
 class LoRAEmbedding(LoRALinear):

@@ -684,7 +684,7 @@ def test_a_quantized_layer_is_trained_but_not_merged(dtype):
 
 
 def test_a_wrapper_shows_the_weight_that_it_computes_with():
-    """A model that reads layer.weight and layer.bias finds W + ΔW in W's dtype; disabled, the base layer's own."""
+    """A model finds W + ΔW in W's dtype as layer.weight, disabled W itself, and all else that the base layer has."""
     torch.manual_seed(0)
     model = nn.Sequential(OrderedDict(table=nn.Embedding(8, 4), up=nn.Linear(4, 3, dtype=torch.bfloat16)))
     randomize(lora.add_lora(model, ("table", "up"), r=2))
@@ -694,7 +694,7 @@ def test_a_wrapper_shows_the_weight_that_it_computes_with():
         torch.testing.assert_close(layer.weight, W + update)  # torch's tolerances for the dtype: it is rounded once
         with lora.lora_disabled(model):
             assert layer.weight is layer.base_layer.weight
-    assert model.up.bias is model.up.base_layer.bias
+    assert model.up.bias is model.up.base_layer.bias and model.up.in_features == 4 and model.table.num_embeddings == 8
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
