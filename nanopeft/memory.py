@@ -186,9 +186,10 @@ def activations(s):
     if s.method == "ptuning" and s.encoder == "lstm":
         formulas["encoder's LSTM, as counted"] = f"{lstm_bytes(s)}"
     if s.R:  # blocks keep their input alone, the first among them
-        kept = ("k, v with the prefix, masks",)  # the cache holds them
-        formulas |= {x: re.sub(r"\bL( - 1)?\b", "(L - R)", of) for x, of in formulas.items() if x not in kept}
+        formulas = {what: re.sub(r"\bL( - 1)?\b", "(L - R)", of) for what, of in formulas.items()}
         formulas["inputs of recomputed blocks"] = "R*n*d*e"
+        if own == "prefix":  # the cache that a block gets has the keys and values of the blocks before it
+            formulas["k, v of recomputed blocks, in caches"] = "(R - 1)*2*B*w*(p + T)*e"
     return [item for item in evaluate(formulas, s) if item[2] and (s.e == 2 or item[0] != "copies in 16 bits")]
 
 
@@ -200,7 +201,8 @@ def peak(s, found):
     s.chunk = min(s.rows * s.V, LOSS_CHUNK * torch.get_num_threads())  # and takes so many of them through the softmax
     x = "(3*n + 3*rows)*d*e" if s.T > s.text else "(2*n + 3*rows)*d*e"  # one copy more to cut off virtual tokens
     one, two = (total(activations(SimpleNamespace(**vars(s) | {"L": L, "R": 0}))) for L in (1, 2))
-    again = {"a block again": f"{two - one}"} if s.R and (s.L - 1) % s.every == 0 else {}  # the last one is the first
+    again = {"a block again": f"{two - one}", "freed: the block's input, last norm, loss": "-3*n*d*e"}
+    again = again if s.R and (s.L - 1) % s.every == 0 else {}  # whether it is the block where backward begins
     freed = {"freed: inputs of an adapter, last norm": "-2*n*d*e"} if s.method in ("adapter", "fusion") else {}
     head, softmax = {"gradient of the head": "V*d*e"}, {"log-softmax in fp32": "chunk*(4 + 4*(e == 2))"}
     moments = {

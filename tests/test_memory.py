@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanopeft import adamw, adapter, gpt, lora, memory, prefix, prompt, ptuning, qlora, zero
+from nanopeft import adamw, adapter, gpt, lora, memory, prefix, prompt, ptuning, qlora, recompute, zero
 from nanopeft.trainer import measure
 from nanopeft.trainer.checkpoint import find_checkpoint, read_config
 
@@ -136,8 +136,9 @@ def test_predicted_bytes_over_random_shapes(method, examples):
     check()
 
 
-def measured_peak(sizes, method, precision, batch, length, how, accumulate=1):
+def measured_peak(sizes, method, precision, batch, length, how, accumulate=1, every=0):
     model, extra = build(sizes, method, precision, how)
+    recompute.recompute(getattr(model, "model", model).transformer.h, every)
     optimizer = adamw.AdamW([p for p in model.parameters() if p.requires_grad])
     ids = random_batch(sizes, batch, length, how)
 
@@ -154,9 +155,9 @@ def measured_peak(sizes, method, precision, batch, length, how, accumulate=1):
     return peak(), vars(model.config)
 
 
-def assert_peak(sizes, method, precision, batch, length, how, accumulate=1):
-    measured, config = measured_peak(sizes, method, precision, batch, length, how, accumulate)
-    predicted = memory.total(memory.predict(config, method, precision, batch, length, accumulate, **how)["peak"])
+def assert_peak(sizes, method, precision, batch, length, how, accumulate=1, every=0):
+    measured, config = measured_peak(sizes, method, precision, batch, length, how, accumulate, every)
+    predicted = memory.total(memory.predict(config, method, precision, batch, length, accumulate, every, **how)["peak"])
     assert abs(predicted / measured - 1) <= 0.03  # left out are masks, casts of small tensors, indices
 
 
@@ -189,6 +190,20 @@ def test_peak_of_a_step(method, precision, batch, length, accumulate, moment):
 def test_peak_of_every_method(method, how, precision):
     """The peak of a step of the base is predicted to 3 % for every method."""
     assert_peak(NANO, method, precision, 16, 128, how)
+
+
+@pytest.mark.parametrize(
+    "method, how",
+    [("lora", {}), *(pytest.param(*v, marks=pytest.mark.thorough) for v in VARIANTS if v[0] in ("full", "prefix"))],
+    ids=str,
+)
+@pytest.mark.parametrize("every", [1, pytest.param(2, marks=pytest.mark.thorough), 4])
+def test_peak_with_recomputation(method, how, every):
+    """The peak is predicted to 3 % where every k-th block is recomputed, and falls with the number of these."""
+    assert_peak(NANO, method, "fp32", 16, 128, how, every=every)
+    run = memory.MODELS["nano"], method, "fp32", 16, 128, 1
+    peaks = [memory.total(memory.predict(*run, k)["peak"]) for k in (0, 4, 2, 1)]
+    assert peaks == sorted(peaks, reverse=True) and peaks[-1] < 0.6 * peaks[0]
 
 
 @pytest.mark.thorough

@@ -84,7 +84,7 @@ class StepMemory:
             self.predicted = predict(self.model, self.args, self.precision, length)
 
     def after_forward(self):
-        if self.saved is not None:
+        if self.saved is not None and not self.args.recompute:  # of which a recomputed block's input is no part
             self.measured.setdefault("activations", self.saved())
 
     def after_backward(self, number):
