@@ -55,7 +55,7 @@ def bits_per_byte(texts, limit=None):
         for ids, labels in [*valid.batches(8)][:limit]:
             scored = labels[:, 1:].flatten().tolist()
             nats += model(ids, labels=labels).loss.item() * len(scored)
-            n_bytes += data.count_bytes(scored, ENCODING)
+            n_bytes += sum(map(len, ENCODING.decode_tokens_bytes([i for i in scored if i != ENCODING.eot_token])))
     return nats / math.log(2) / n_bytes
 
 
