@@ -120,7 +120,7 @@ class FlatParameter:
         part = self.full.split(self.size)[self.rank]
         self.master = self.shard = part.clone() if stage == 3 else part  # (shard,)
         self.grad, self.is_unsharded, self.n_whole = None, False, 0  # n_whole: in how many whole() we are
-        if group is not None:  # the master, which the optimizer updates, is the shard itself if that is fp32
+        if group is not None:  # the optimizer updates master, which is the shard itself if in fp32 and not offloaded
             device, dtype = "cpu" if offload else self.full.device, torch.promote_types(self.full.dtype, torch.float32)
             master = self.shard.to(device, dtype, copy=bool(offload))
             self.master = torch.nn.Parameter(mapped(master) if offload == "disk" else master)
@@ -194,8 +194,8 @@ class ZeRO:
     """Shards a model's training over all ranks: make the same calls on each, or one waits for the others forever.
 
         engine = ZeRO(model, torch.optim.AdamW, blocks=model.transformer.h, stage=2, lr=1e-3)
-        total = all_sum(tokens)  # labelled, in all micro-batches of the step: a mean of ranks' means is another loss
-        for ids, labels, n in micro_batches:  # of this rank; n of its tokens are labelled, and loss is their mean
+        total = all_sum(tokens)  # labelled, in this rank's micro-batches; a mean of ranks' means is another loss
+        for ids, labels, n in micro_batches:  # n of them labelled; loss is their mean
             engine.backward(model(ids, labels=labels).loss * n / total)
         engine.step(clip=1.0)  # by the norm over all ranks: clip_grad_norm_ would see one rank's part
     optimizer: a class; settings are its arguments. params: as an optimizer takes them; by default all that are trained.
