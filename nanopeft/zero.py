@@ -42,8 +42,7 @@ update, AG all-gather of a unit's parameters, one block ahead, RS reduce-scatter
 
 Relatives. DDP is stage 0. FSDP is stage 3, module by module; its SHARD_GRAD_OP is near stage 2, but shards parameters
 too between steps. Tensor parallelism splits matrix products and sends activations in each layer, so it needs the fast
-links inside a node; with ZeRO each rank computes whole layers on its own data. Pipeline parallelism splits the layers,
-sends little, waits. It goes with stage 1: its many micro-batches cost a reduce-scatter each in 2, two all-gathers in 3.
+links inside a node. Pipeline parallelism splits the layers, sends little, waits; it needs many micro-batches: stage 1.
 
 Gradient accumulation over M micro-batches: stages 0 and 1 send gradients once. Stage 2 cannot keep whole gradients: it
 sends (M + 1)Ψ; stage 3 sends 3MΨ. The optimizer must be element-wise (Adam, SGD), since a shard can begin or end inside
@@ -56,11 +55,8 @@ What to take: the lowest stage that fits. With 64 of 80 GB on each of 8 GPUs for
 activations fill the memory (recompute them), if the model is small, or, in stage 3, if links are slow.
 
 Pitfalls
-* Divide the loss by the labelled tokens of the step on all ranks (all_sum): a mean of ranks' means is another loss.
-* Clip with step(clip=1.0): the norm is over all ranks. clip_grad_norm_ would see one rank's part.
-* Make the same calls on all ranks, or one waits for the others forever.
 * Make the engine after adapters are added and parameters frozen. Load, save, merge and generate inside whole(): in
-  stage 3 parameters have no elements outside forward and backward, and the fp32 masters follow what is written there.
+  stage 3 parameters have no elements outside forward and backward, and fp32 masters follow only what is written there.
 * Stages 1, 2 and 3 give the same bits (with one micro-batch in a step); another N, or stage 0, sums in another order.
 
 Papers: ZeRO, arXiv 1910.02054, sections 5 and 7; ZeRO-Offload, 2101.06840; ZeRO-Infinity, 2104.07857; FSDP, 2304.11277.
@@ -71,7 +67,6 @@ import tempfile
 import weakref
 from bisect import bisect
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -112,10 +107,7 @@ def zero_traffic(n_params, world, stage, *, micro_batches=1, frozen=0):
 class FlatParameter:
     """Parameters of one unit end to end in one tensor, and this rank's shard of it.
 
-    full (N · shard,): all values; the model's parameters are views of it.
-    shard (shard,): this rank's part of full; in stage 3 a tensor of its own.
-    master (shard,): what the optimizer updates, in fp32; the shard itself if that is fp32 and stays on the device.
-    grad (shard,): p.grad of each parameter → flatten_grads → bucket (N · shard,) → reduce_scatter → grad → step → None
+    Gradients: p.grad of each parameter → flatten_grads → bucket (N · shard,) → reduce_scatter → grad (shard,) → step
     In stage 3: sharded (full has no memory) → unshard() → in flight → wait() → unsharded → reshard() → sharded
     """
 
@@ -124,11 +116,11 @@ class FlatParameter:
         self.params, self.names, self.shapes = [*names], [*names.values()], [p.shape for p in names]
         self.world, self.rank = (1, 0) if stage == 0 else (dist.get_world_size(), dist.get_rank())
         self.size = -(-sum(p.numel() for p in self.params) // self.world)  # rounded up
-        self.full = self.params[0].detach().new_zeros(self.world * self.size)
+        self.full = self.params[0].detach().new_zeros(self.world * self.size)  # (N · shard,); p.data are its views
         part = self.full.split(self.size)[self.rank]
         self.master = self.shard = part.clone() if stage == 3 else part  # (shard,)
-        self.grad, self.is_unsharded, self.keep_unsharded = None, False, False
-        if group is not None:
+        self.grad, self.is_unsharded, self.n_whole = None, False, 0  # n_whole: in how many whole() we are
+        if group is not None:  # the optimizer updates master, which is the shard itself if in fp32 and not offloaded
             device, dtype = "cpu" if offload else self.full.device, torch.promote_types(self.full.dtype, torch.float32)
             master = self.shard.to(device, dtype, copy=bool(offload))
             self.master = torch.nn.Parameter(mapped(master) if offload == "disk" else master)
@@ -146,12 +138,11 @@ class FlatParameter:
         return [part.view(shape) for part, shape in zip(full[: sum(sizes)].split(sizes), self.shapes)]
 
     def flatten_grads(self):
-        """The bucket: the parameters' gradients end to end; they are freed."""
-        zeros, pairs = self.full.new_zeros, zip(self.params, self.shapes)  # a resharded p has lost its shape
-        bucket = self.flatten([zeros(shape) if p.grad is None else p.grad for p, shape in pairs])
+        """The bucket: the parameters' gradients end to end, zeros for those that have none. They are freed."""
+        grads = [self.full.new_zeros(shape) if p.grad is None else p.grad for p, shape in zip(self.params, self.shapes)]
         for p in self.params:
             p.grad = None
-        return bucket
+        return self.flatten(grads)
 
     def unshard(self):
         """Starts the all-gather of the parameters."""
@@ -168,12 +159,11 @@ class FlatParameter:
             self.in_flight, self.is_unsharded = None, True
             for p, view in zip(self.params, self.unflatten(self.full)):
                 p.data = view
-            self.marks = self.mark()
 
     def reshard(self):
         """Stage 3: frees all but the shard. A parameter without elements fails where it is used."""
         self.wait()
-        if self.stage == 3 and self.is_unsharded and not self.keep_unsharded:
+        if self.stage == 3 and self.is_unsharded and not self.n_whole:
             self.is_unsharded = False
             for p in self.params:
                 p.data = self.full.new_empty(0)
@@ -181,10 +171,9 @@ class FlatParameter:
 
     def all_gather_params(self):
         """After the update: shard = master, rounded to 16 bits. Where full is in memory, starts to send it to all."""
-        if self.master.data_ptr() != self.shard.data_ptr():  # in fp32 they are one
-            self.shard.copy_(self.master)
+        self.shard.copy_(self.master)  # in fp32 they are one, unless offloaded
         if self.is_unsharded:
-            self.in_flight = all_gather(self.full, self.shard) if self.stage > 0 else []
+            self.in_flight = all_gather(self.full, self.shard)
 
     @torch.no_grad()
     def take_written(self):
@@ -197,23 +186,18 @@ class FlatParameter:
         self.in_flight = []  # no messages to wait for: wait() only makes the parameters views of full
         self.wait()
 
-    def mark(self):
-        """Changes with each write to a parameter, except in place where that writes the master, too."""
-        is_copy = self.stage == 3 or self.master.data_ptr() != self.shard.data_ptr()
-        return [(p.data_ptr(), is_copy and p._version) for p in self.params]
-
 
 # ----------------------------------------------------------------------------------------------------------- engine
 
 
 class ZeRO:
-    """Shards a model's training over all ranks. The model is called as before.
+    """Shards a model's training over all ranks: make the same calls on each, or one waits for the others forever.
 
         engine = ZeRO(model, torch.optim.AdamW, blocks=model.transformer.h, stage=2, lr=1e-3)
-        total = all_sum(tokens)  # labelled, in all of this rank's micro-batches of the step
+        total = all_sum(tokens)  # labelled, in this rank's micro-batches; a mean of ranks' means is another loss
         for ids, labels, n in micro_batches:  # n of them labelled; loss is their mean
             engine.backward(model(ids, labels=labels).loss * n / total)
-        engine.step(clip=1.0)
+        engine.step(clip=1.0)  # by the norm over all ranks: clip_grad_norm_ would see one rank's part
     optimizer: a class; settings are its arguments. params: as an optimizer takes them; by default all that are trained.
     blocks: modules of the model that run one after the other, once each in a forward. Rank 0's parameters are taken.
     """
@@ -242,7 +226,7 @@ class ZeRO:
             module.register_forward_pre_hook(lambda *_, i=i: me.before_unit(i))
             module.register_forward_hook(lambda module, args, output, i=i: me.after_forward(i, output))
         for module in model.modules() if stage == 3 else ():
-            for register in (module.register_state_dict_pre_hook, module.register_load_state_dict_pre_hook):
+            for register in (module.register_state_dict_pre_hook, module._register_load_state_dict_pre_hook):
                 register(lambda *_: me.check_unsharded("save and load inside engine.whole(), on all ranks"))
 
     def backward(self, loss):
@@ -251,14 +235,16 @@ class ZeRO:
         if self.stage == 3:
             self.before_unit(0)
             self.hook_graph(loss)
-        loss.backward()
+        try:
+            loss.backward()
+        finally:
+            self.in_backward = False
         if self.stage >= 2:
             for flat in self.trained:  # a parameter was not used, or got a second gradient after its bucket had left
                 if flat in self.queue or any(p.grad is not None for p in flat.params):
                     self.reduce_scatter(flat)
             self.wait_and_accumulate()
             self.queue = []
-        self.in_backward = False
         for flat in self.flat_params:
             flat.reshard()
 
@@ -288,8 +274,6 @@ class ZeRO:
         clip: the largest norm. loss_scale: what the loss was multiplied by before backward, as fp16 needs it."""
         if not self.queue and self.trained[0].grad is None:
             raise Error("step() without gradients: call engine.backward(loss), not loss.backward(), before each step")
-        if any(flat.is_unsharded and flat.marks != flat.mark() for flat in self.trained):
-            raise Error("parameters were written since the last step: do that inside engine.whole(), then leave it")
         while self.queue:  # stages 0 and 1: once for all micro-batches
             self.reduce_scatter(self.queue.pop(0))
         self.wait_and_accumulate()
@@ -319,8 +303,7 @@ class ZeRO:
                 flat.reshard()
         else:
             self.unit_from[torch.autograd._get_sequence_nr()] = i
-        # Forward goes 0, 1, ..., L. Backward begins with the head, so it goes 0, L, ..., 1
-        following = (i - 1 if self.in_backward else i + 1) % len(self.units)
+        following = (i - 1 if self.in_backward else i + 1) % len(self.units)  # 0, 1, …, L; backward 0 (head), L, …, 1
         for flat in self.units[i] + self.units[following]:  # unit i itself has mostly been prefetched
             flat.unshard()
         for flat in self.units[i]:
@@ -338,15 +321,14 @@ class ZeRO:
     def hook_graph(self, loss):
         """Stage 3: has a unit unsharded when backward enters the part of autograd's graph that the unit's forward made.
         The nodes' numbers tell which part that is, so it does not matter what a block returns, nor who changes it."""
-        numbers, seen, stack = [*self.unit_from], set(), [(loss.grad_fn, 0)] if loss.grad_fn else []
-        while stack:
-            node, above = stack.pop()
+        numbers, seen, edges = [*self.unit_from], set(), [(loss.grad_fn, 0)] if loss.grad_fn else []
+        for node, above in edges:  # above: the unit from which backward comes
             i = self.unit_from[numbers[bisect(numbers, node._sequence_nr()) - 1]]
             if i not in (0, above):
                 node.register_prehook(lambda _, i=i: self.before_unit(i))
             if node not in seen:
                 seen.add(node)
-                stack += [(following, i) for following, _ in node.next_functions if following]
+                edges += [(following, i) for following, _ in node.next_functions if following]
 
     def check_unsharded(self, advice):
         if not (self.in_backward or all(flat.is_unsharded for flat in self.flat_params)):
@@ -356,11 +338,10 @@ class ZeRO:
     def whole(self):
         """Inside this `with`, which all ranks enter, each can use the model alone: to generate, or to save it. Training
         goes on from what rank 0 leaves in the parameters (Ψ elements are sent), with m and v as they were."""
-        nested = self.flat_params[0].keep_unsharded
         for flat in self.flat_params:
             flat.unshard()
             flat.wait()
-            flat.keep_unsharded = True
+            flat.n_whole += 1
         shapes = {p: p.shape for p in self.model.parameters()}
         try:
             yield self.model
@@ -369,7 +350,7 @@ class ZeRO:
                 raise Error(f"inside whole() write into parameters, do not replace them (assign=True): {wrong[0]}")
             for flat in self.flat_params:
                 flat.take_written()
-                flat.keep_unsharded = nested
+                flat.n_whole -= 1
                 flat.reshard()
             [broadcast(p.data) for p in self.frozen]
 
@@ -382,10 +363,8 @@ class ZeRO:
             for key, x in {"master": flat.master, **self.optimizer.state.get(flat.master, {})}.items():
                 parts = [x.item() if torch.is_tensor(x) and x.dim() == 0 else x] * len(flat.names)
                 if torch.is_tensor(x) and x.dim() > 0:
-                    full = x = x.to(flat.full.device)
-                    if self.stage > 0:
-                        full = x.new_empty(flat.world * flat.size)
-                        [work.wait() for work in all_gather(full, x)]
+                    full = x.new_empty(flat.full.shape, device=flat.full.device)
+                    [work.wait() for work in all_gather(full, x.to(full.device))]
                     parts = [part.to("cpu", copy=True) for part in flat.unflatten(full)]
                 for name, part in zip(flat.names, parts) if dist.get_rank() == 0 else ():
                     found.setdefault(name, {})[key] = part
@@ -429,15 +408,15 @@ def partition(model, blocks, groups, stage):
     if not group_of or group_of.keys() != {p for p in names if p.requires_grad}:
         raise Error("params must be all parameters of the model that require a gradient, no others, and not none")
     block_of = {module: i for i, block in enumerate(blocks, 1) for module in block.modules()}
-    units, parts, last = {}, [], {}
-    for module, p in [(m, p) for m in model.modules() for p in m._parameters.values()]:
-        units.setdefault(p, set()).add(block_of.get(module, 0))
+    unit_of, parts, last = {}, [], {}
+    for module, p in [(m, p) for m in model.modules() for p in m.parameters(recurse=False)]:
+        unit = block_of.get(module, 0)
+        unit_of[p] = unit if unit_of.get(p, unit) == unit else 0  # what two blocks share belongs to the root
     for p in [p for p in names if p.requires_grad or stage == 3]:
-        unit = min(units[p]) if len(units[p]) == 1 else 0  # what two blocks share belongs to the root
-        key = unit, group_of.get(p), p.dtype
+        key = unit_of[p], group_of.get(p), p.dtype
         if key not in last or sum(q.numel() for q in last[key]) + p.numel() > BUCKET:
             last[key] = {}
-            parts.append((unit, group_of.get(p), last[key]))
+            parts.append((*key[:2], last[key]))
         last[key][p] = names[p]
     return sorted(parts, key=lambda part: part[0])
 
@@ -457,11 +436,12 @@ def reduce_scatter(bucket, size):
 
 def all_gather(full, shard):
     """Starts to fill full (N · shard,) from all ranks' shards; returns what to wait for, in a list."""
-    if full.is_cuda:
+    parts = full.split(shard.numel())
+    if full.is_cuda and len(parts) > 1:
         nccl = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
         return [nccl(full, shard, async_op=True)]
-    rank, parts = dist.get_rank(), full.split(shard.numel())  # gloo's own takes two to five times as long as this
-    parts[rank].copy_(shard)
+    rank = dist.get_rank() % len(parts)  # stage 0 has one part
+    parts[rank].copy_(shard)  # gloo's own all-gather takes two to five times as long as what follows
     others = [(peer, part) for peer, part in enumerate(parts) if peer != rank]
     return [dist.isend(shard, peer) for peer, _ in others] + [dist.irecv(part, peer) for peer, part in others]
 
@@ -493,30 +473,8 @@ def mapped(tensor):
         return torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype).copy_(tensor)
 
 
-# ---------------------------------------------------------------------------------------------------- demonstration
-
-
-def demonstrate(rank, world, path):
-    dist.init_process_group("gloo", f"file://{path}", timedelta(seconds=30), world, rank)
-    for stage in (0, 1, 2, 3):
-        torch.manual_seed(0)
-        model, x = torch.nn.Sequential(*(torch.nn.Linear(63, 63) for _ in range(5))), torch.randn(8, 63)
-        engine = ZeRO(model, torch.optim.AdamW, blocks=model[1:4], stage=stage)  # the root: first and last layer
-        for _ in range(5):
-            engine.backward(model(x[rank::world]).square().sum() / len(x))
-            norm = engine.step()
-        state = sum(2 * flat.master.numel() for flat in engine.trained)
-        if rank == 0:
-            print(f"    stage {stage}: {state} elements of m and v on each; the gradient's norm in step 5: {norm:.5f}")
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    print("7B parameters in 16 bits on 8 ranks, GB on each:")
+    print("7B parameters in 16 bits on 8 ranks, GB on each; and how many parameters 64 GB hold:")
     for stage in (0, 1, 2, 3):
-        kept, sent = zero_bytes(7 * 10**9, 8, stage), 2 * sum(zero_traffic(7 * 10**9, 8, stage).values())
-        print(f"    stage {stage}: {sum(kept.values()) / 1e9:5g}; sends {sent / 1e9:g} GB in a step")
-    if "fork" in torch.multiprocessing.get_all_start_methods():
-        print("Two processes train 20,160 parameters:", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.start_processes(demonstrate, (2, f"{folder}/store"), nprocs=2, start_method="fork")
+        kept, sent = sum(zero_bytes(7 * 10**9, 8, stage).values()), sum(zero_traffic(7 * 10**9, 8, stage).values())
+        print(f"stage {stage}: {kept / 1e9:5g}; sends {2 * sent / 1e9:g} GB in a step; {7 * 64e9 / kept:.1f}B in 64 GB")

@@ -698,8 +698,6 @@ def misused(what, stage, dtype="float32"):
     try:
         if what == "load outside":
             model.load_state_dict(new)
-        if what == ".data outside":
-            model.transformer.ln_f.bias.data = torch.ones_like(model.transformer.ln_f.bias)
         if what == "save outside":
             model.transformer.state_dict()
         with own.whole() if "outside" not in what else contextlib.nullcontext():
@@ -842,6 +840,25 @@ def by_habit(stage):
         except Error as error:
             errors.append(str(error))
     return errors
+
+
+def raised(stage, fails):
+    """Parameters after two steps; with `fails` a backward before each raises an error before its first gradient."""
+    model, rank, world = model_of("full"), dist.get_rank(), dist.get_world_size()
+    engine = ZeRO(model, torch.optim.SGD, blocks=blocks_of(model), stage=stage, lr=1.0)
+    for step in range(2):
+        if fails:
+            logits = model(batches_of(step, 1)[0][0]).logits
+            logits.register_hook(lambda grad: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                engine.backward(logits.sum())
+            with torch.no_grad():
+                model(batches_of(step, 1)[0][0])
+            assert stage < 3 or not any(flat.is_unsharded for flat in engine.flat_params)
+        micro_step(model, engine, step, 1, 4, rank, world)
+        engine.step()
+    with engine.whole():
+        return trained(model)
 
 
 def fail(how):
@@ -1178,14 +1195,11 @@ def test_masters_follow(ranks, stage, dtype, offload):
 
 
 REPLACED = "inside whole() write into parameters, do not replace them (assign=True): "
-WRITTEN = "parameters were written since the last step: do that inside engine.whole(), then leave it"
 SHARDED = "the parameters are sharded: save and load inside engine.whole(), on all ranks"
 MISUSES = [
     ("assign", 3, "float32", REPLACED + "transformer.wte.weight"),
     ("untie", 0, "float32", REPLACED + "lm_head.weight"),
     ("shape", 1, "float32", REPLACED + "transformer.ln_f.bias"),
-    ("load outside", 2, "bfloat16", WRITTEN),
-    (".data outside", 0, "float32", WRITTEN),
     ("load outside", 3, "float32", SHARDED),
     ("save outside", 3, "float32", SHARDED),
 ]
@@ -1193,7 +1207,6 @@ MISUSES = [
 
 @pytest.mark.parametrize("what, stage, dtype, message", [
     *MISUSES, pytest.param("assign", 0, "bfloat16", MISUSES[0][3], marks=thorough),
-    pytest.param("load outside", 0, "bfloat16", WRITTEN, marks=thorough),
 ], ids=str)  # fmt: skip
 def test_refuses_writes_that_would_be_lost(ranks, what, stage, dtype, message):
     """Parameters that are replaced, and values written or saved where the engine cannot follow, are one clear line."""
@@ -1242,6 +1255,13 @@ def test_by_habit(ranks, stage):
     for nothing, once, twice, plain in ranks.job(2, "by_habit", stage):
         assert once is None
         assert all("call engine.backward(loss), not loss.backward()" in x for x in (nothing, twice, plain))
+
+
+@pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=thorough) for stage in (0, 1, 2))])
+def test_a_backward_that_raises(ranks, stage):
+    """After a backward that raises, the next forward frees its units, and training is as if it had not been called."""
+    for fails, expected in zip(ranks.job(2, "raised", stage, True), ranks.job(2, "raised", stage, False)):
+        assert all(torch.equal(fails[name], p) for name, p in expected.items())
 
 
 @pytest.mark.parametrize("n, dtype", [
@@ -1499,8 +1519,7 @@ def test_a_rank_that_dies_ends_all():
 
 
 def test_demonstration():
-    """Run as a program the file prints the table of its docstring, and trains on two processes."""
-    # A program of its own: OpenMP deadlocks in what is forked from a process that has computed on several threads
+    """Run as a program the file prints the table of its docstring, and how many parameters fit in 64 GB."""
     done = subprocess.run(
         [sys.executable, zero.__file__], capture_output=True, text=True, timeout=LIMIT, start_new_session=True
     )
@@ -1510,7 +1529,7 @@ def test_demonstration():
         "stage 2: 26.25;",
         "stage 3:    14;",
         "sends 36.75 GB",
-        "stage 3: 20160 elements of m and v on each",
+        *(f"{billions}B in 64 GB" for billions in ("4.0", "11.6", "17.1", "32.0")),
     ):
         assert claim in done.stdout
 
