@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: MIT
+"""Tensor parallelism: each large matrix is split over t ranks, and every rank computes its part of each product.
+
+All ranks read the same batch: n tokens, x (n, d). W is (out, in), y = x Wᵀ + b. Rank i of t keeps a part W_i:
+
+    column-parallel   y_i = f(x) W_iᵀ + b_i    W_i (out/t, in): outputs are split, so y is in t parts
+    row-parallel      y = g(x_i W_iᵀ) + b      W_i (out, in/t): inputs are split, so x is in t parts and y is their sum
+
+         forward                          backward
+    f    nothing: x goes to t products    all-reduce: dx = Σ dy_i W_i
+    g    all-reduce: y = Σ x_i W_iᵀ       nothing: each part of a sum has the gradient of the sum
+
+("Column" is Megatron's word: it writes y = x A, and A = Wᵀ is split by columns.) An MLP on two ranks:
+
+    x (n, d) ── f ─┬─ W_1 (2d, d) ── (n, 2d) ── gelu ── V_1 (d, 2d) ── (n, d) ─┬─ g ── + b ── y (n, d)
+                   └─ W_2 (2d, d) ── (n, 2d) ── gelu ── V_2 (d, 2d) ── (n, d) ─┘
+
+Why column, then row: rank i has its hidden numbers complete. GELU needs no others, and V_i needs just these, so nothing
+is sent between the two layers. If W were row-parallel, each rank would have a part of a sum there, and gelu(a + b) is
+not gelu(a) + gelu(b): an all-reduce of 4 n d numbers would come first. b is added after g, or it would be added t times.
+
+Attention: q, k and v are column-parallel by heads, so rank i computes H/t heads alone, and the output projection is
+row-parallel. GPT-2's c_attn has q, k and v in one matrix; each of the three is split. t must divide the heads, those of
+k and v too. Norms, position embeddings and b are replicated: all ranks compute the same with them, get the same gradient
+and stay equal to the bit, though nothing is sent.
+
+Vocabulary: the embedding is row-parallel on one-hot vectors: rank i looks up its V/t tokens, others give 0, g adds. The
+head is column-parallel, z_i (n, V/t). Cross-entropy sends 3 n numbers; to gather all logits would take n V:
+    M = max z     S = Σ exp(z - M)     P = z[label] - M, from the rank that has it     loss = log S - P
+    dz_i = exp(z_i - M) / S - onehot(label)
+Zero rows pad V to a multiple of t (GPT-2: 50257 = 29 · 1733); their logits are masked with -inf.
+
+LoRA: the factor on W's split side is split as W is, the other is whole. So ΔW_i is local, and a merge sends nothing:
+    column   ΔW_i = s · B_i A     A (r, in) whole    B_i (out/t, r)    trained on each rank: r (in + out/t)
+    row      ΔW_i = s · B A_i     A_i (r, in/t)      B (out, r) whole                        r (in/t + out)
+x ΔW_iᵀ is summed by the layer's own f and g. But each rank has only a part of the whole factor's gradient. The parts
+must be summed, or its copies drift apart: a hook does it, r · d numbers in backward. peft puts f on x Aᵀ and g on
+x_i A_iᵀ instead: n · r numbers, which is less if n < d, but g's are in forward. Both are few beside the layer's n · d.
+Dropout of LoRA's input: x needs the same mask on all ranks, x_i its own. All draw the mask for every input, and take
+their part: the masks are those of one process.
+
+What is sent: attention and MLP have f and g each, so a layer has 4 all-reduces of n d numbers, 2 in forward and 2 in
+backward; and the embedding's g and the head's f. Of each a rank sends 2 (t - 1) / t times its numbers.
+    GPT-2 small, n = 256: n d = 196,608; 50 all-reduces, 39.3 MB in fp32
+    7B (L = 32, d = 4096), n = 4096, t = 8, 16 bits: 7.6 GB, 17 ms at 450 GB/s (NVLink), 0.31 s at 25 GB/s. To compute
+    takes 51 ms (6 · 6.7e9 · n FLOPs / 8 at 400e12 a second)
+The next product waits for the sum, so nothing hides. Hence: inside a node, t at most 8.
+What is saved: parameters, gradients, optimizer state, logits, activations inside attention and MLP, all 1/t. x and the
+norms stay whole. Sequence parallelism splits them too: f becomes an all-gather, g a reduce-scatter; both send the same.
+
+                splits             sends                            limited by
+    ZeRO        storage, batch     2Ψ or 3Ψ a step, hides           activations are whole; each rank needs own data
+    pipeline    layers             n d per boundary, little         the bubble: needs many micro-batches
+    tensor      each product       4 n d per layer, never hides     fast links; t divides the heads
+When to use it: a layer or its activations are too large for one device, or a small batch must be fast, as in generation:
+all ranks work on each token. If ZeRO fits and the batch is large, ZeRO is simpler and mostly faster.
+3D: who sends most is innermost. Tensor inside a node, pipeline over nodes, data parallelism (with ZeRO 1) outermost:
+rank = (data · stages + stage) · t + i, so a tensor group is t neighbours.
+
+Pitfalls
+* An all-reduce that autograd differentiates sums in backward again: t times the gradient, as all ranks have the loss.
+* All ranks of a group need the same batch, random state (shard() takes rank 0's) and calls, or they wait forever.
+* Clip with clip_grad_norm: squares of split parameters are summed over ranks, those of replicated ones counted once.
+* shard() comes after adapters are added and parameters frozen. Recomputation sends forward's all-reduces once more.
+* Dropout inside attention (transformers' GPT-2) has the same mask for rank 0's first head, rank 1's first, and so on.
+
+Papers: Megatron-LM, arXiv 1909.08053, section 3; sequence parallelism, 2205.05198; 3D parallelism, 2104.04473.
+The whole family in one table: nanopeft/__init__.py
+"""
+
+import functools
+import math
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class Error(ValueError):
+    """Wrong use of tensor parallelism; the message says what would be right."""
+
+
+# --------------------------------------------------------------------------------------------------------- f and g
+
+
+def all_reduce(x, group, op=dist.ReduceOp.SUM):
+    """The sum, or the maximum, of all ranks' x, in a new tensor: autograd may still use x."""
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, op, group)
+    return x
+
+
+class Copy(torch.autograd.Function):
+    """f: x goes into the products of t ranks, so its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return all_reduce(dy, ctx.group), None
+
+
+class Reduce(torch.autograd.Function):
+    """g: the sum of t parts."""
+
+    @staticmethod
+    def forward(ctx, part, group):
+        return all_reduce(part, group)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, None
+
+
+f, g = Copy.apply, Reduce.apply
+
+# ---------------------------------------------------------------------------------------------------------- layers
+
+
+class ColumnParallelLinear(nn.Linear):
+    """y_i = f(x) W_iᵀ + b_i: nn.Linear with fewer outputs. f is where attention or MLP begins: once for q, k and v."""
+
+
+class RowParallelLinear(nn.Linear):
+    """y = g(x_i W_iᵀ) + b. add_parts is a hook on this layer, or on LoRA around it, whose part is then in the sum."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight)  # (..., in/t) -> (..., out), one of t parts
+
+    def add_parts(self, module, args, part):
+        y = g(part, self.group)
+        return y if self.bias is None else y + self.bias
+
+
+class VocabParallelEmbedding(nn.Embedding):
+    """x = g(E_i[ids]), E_i (V/t, d) of the tokens first, first + 1, ..."""
+
+    def forward(self, ids):
+        ids = ids - self.first
+        own = (ids >= 0) & (ids < len(self.weight))
+        x = F.embedding(ids * own, self.weight, self.padding_idx)
+        return g(x.masked_fill(~own[..., None], 0), self.group)  # (B, T, d)
+
+
+def parallel_attention(attn, x, mask=None, cache=None):
+    """gpt.Attention's forward on H/t heads. There q, k and v are as wide as x, here d/t."""
+    B, T, _ = x.shape
+    q, k, v = attn.c_attn(x).view(B, T, 3, attn.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H/t, T, h) each
+    if cache is not None:
+        k, v = cache.update(k, v, attn.layer)  # (B, H/t, S, h)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)  # (B, H/t, T, h)
+    return attn.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, d/t) -> (B, T, d)
+
+
+class VocabParallelHead(nn.Linear):
+    """z_i = f(x) W_iᵀ, W_i (V/t, d). Returns the loss if there are labels; if not, all logits, to generate."""
+
+    def take_labels(self, model, args, kwargs):
+        self.labels = kwargs.pop("labels", None)  # (B, T)
+        return args, kwargs
+
+    def forward(self, x):
+        x, V, first = f(x, self.group), self.weight.shard.shape[0], self.first
+        if self.labels is None:
+            z = F.linear(x, self.weight)  # (B, T, V/t)
+            after = dist.get_world_size(self.group) * z.size(-1) - first - z.size(-1)
+            return g(F.pad(z, (first, after)), self.group)[..., :V]  # (B, T, V): other ranks add 0
+        scored = self.labels[:, 1:] != -100  # x[t] is scored on labels[t + 1]
+        z = F.linear(x[:, :-1][scored], self.weight)  # (n, V/t)
+        z[:, max(0, V - first) :] = -math.inf  # padding of the vocabulary
+        loss = VocabParallelCrossEntropy.apply(z, self.labels[:, 1:][scored], first, self.group)
+        return loss.sum() / scored.sum().clamp(min=1)
+
+    def give_loss(self, model, args, out):  # it is where the model expects logits
+        return out if self.labels is None else type(out)(loss=out.logits, past_key_values=out.past_key_values)
+
+
+class VocabParallelCrossEntropy(torch.autograd.Function):
+    """Loss (n,) from z (n, V/t), the logits of tokens first, first + 1, ..."""
+
+    @staticmethod
+    def forward(ctx, z, labels, first, group):
+        ctx.dtype, z = z.dtype, z.to(torch.promote_types(z.dtype, torch.float32))
+        z = z - all_reduce(z.amax(-1), group, dist.ReduceOp.MAX)[:, None]  # z - M: exp does not overflow
+        own = (labels >= first) & (labels < first + z.size(1))
+        column = ((labels - first) * own)[:, None]  # (n, 1)
+        P = z.gather(1, column)[:, 0].where(own, 0)
+        S, P = all_reduce(torch.stack((z.exp_().sum(-1), P)), group)  # (n,) each
+        dz = z.div_(S[:, None]).scatter_add_(1, column, -own[:, None].to(z.dtype))  # exp(z - M) / S - onehot(label)
+        ctx.save_for_backward(dz)
+        return S.log() - P
+
+    @staticmethod
+    def backward(ctx, dloss):
+        return (dloss[:, None] * ctx.saved_tensors[0]).to(ctx.dtype), None, None, None
+
+
+def row_parallel_dropout(dropout, group, x):
+    """Dropout of x_i (..., in/t): all ranks draw the mask for every input, as one process does, and take their part."""
+    t, i = dist.get_world_size(group), dist.get_rank(group)
+    return x * F.dropout(x.new_ones(*x.shape[:-1], t * x.size(-1)), dropout.p, dropout.training).chunk(t, -1)[i]
+
+
+# ------------------------------------------------------------------------------------------------------------- use
+
+
+@torch.no_grad()
+def shard(model, group=None):
+    """Splits the model over the ranks of a group, in place, and returns it. Error, with nothing changed, if it cannot.
+
+    Rank 0's parameters and random state count. From then on all ranks call the model alike: with labels for the loss,
+    without for the logits. Names of parameters stay. Any element-wise optimizer trains them (Adam, SGD; not Muon)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise Error("no process group: start with torchrun --nproc_per_node N, and call init_process_group first")
+    group = group or dist.group.WORLD
+    t, device = dist.get_world_size(group), next(model.parameters()).device
+    layers = find_layers(model, t)
+    random = torch if device.type == "cpu" else torch.get_device_module(device)
+    state = random.get_rng_state().to(device)
+    for x in [*model.parameters(), *model.buffers(), state]:
+        dist.broadcast(x.data, dist.get_global_rank(group, 0), group)
+    random.set_rng_state(state.cpu())
+
+    for parent, child, kind in layers:
+        outer = getattr(parent, child)  # the layer, or LoRA around it
+        layer = getattr(outer, "base_layer", outer)
+        dim, blocks = int(kind is RowParallelLinear), 3 if child == "c_attn" else 1  # q, k and v
+        weight = split(layer.weight, group, dim, blocks, type(layer).__name__ == "Conv1D")
+        new = kind(*weight.shape[:: 1 if kind is VocabParallelEmbedding else -1], device="meta")
+        new.weight, new.group, new.first = weight, group, dist.get_rank(group) * len(weight)
+        if kind is VocabParallelEmbedding:
+            index = -1 if layer.padding_idx is None else layer.padding_idx - new.first
+            new.padding_idx = index if 0 <= index < len(weight) else None
+        else:
+            new.bias = split(layer.bias, group, dim, blocks) if kind is ColumnParallelLinear else layer.bias
+        if outer is layer:
+            outer = new
+            setattr(parent, child, new)
+        else:
+            outer.base_layer = new
+            factor, whole = (outer.lora_A, outer.lora_B) if dim else (outer.lora_B, outer.lora_A)
+            split(factor, group, dim, blocks)
+            if whole.requires_grad:
+                whole.register_hook(lambda grad: all_reduce(grad, group))
+            if dim:
+                outer.dropout.forward = functools.partial(row_parallel_dropout, outer.dropout, group)
+        if dim:
+            outer.register_forward_hook(new.add_parts)
+    for region in {parent: None for parent, _, kind in layers if kind is ColumnParallelLinear}:  # attention and MLP
+        region.register_forward_pre_hook(functools.partial(enter, group), with_kwargs=True)
+        for name in {"n_head", "num_heads", "split_size"} & vars(region).keys():  # of GPT-2, ours and transformers'
+            setattr(region, name, getattr(region, name) // t)
+        if hasattr(region, "n_head"):
+            region.forward = functools.partial(parallel_attention, region)
+    model.register_forward_pre_hook(model.lm_head.take_labels, with_kwargs=True)
+    model.register_forward_hook(model.lm_head.give_loss)
+    model.tensor_group = group
+    return model
+
+
+@torch.no_grad()
+def clip_grad_norm(model, max_norm=math.inf):
+    """Scales the gradients down to this norm, and returns the norm that they had. If it is not finite, they stay."""
+    gradients = [(p.grad, int(hasattr(p, "shard"))) for p in model.parameters() if p.grad is not None]
+    squares = torch.zeros(2, dtype=torch.float64, device=model.lm_head.weight.device)  # of replicated, of split ones
+    for grad, is_split in gradients:
+        squares[is_split] += sum(piece.double().square().sum() for piece in grad.flatten().split(1 << 18))
+    norm = (squares[0] + all_reduce(squares[1], model.tensor_group)).sqrt().item()
+    for grad, _ in gradients if max_norm < norm < math.inf else ():
+        grad.mul_(max_norm / (norm + 1e-6))
+    return norm
+
+
+def whole_state_dict(model):
+    """The state dict that one process has, on every rank. All ranks call this."""
+    return {name: gather(p) for name, p in model.state_dict(keep_vars=True).items()}
+
+
+@torch.no_grad()
+def load_whole_state_dict(model, state):
+    """The reverse, with the same state on every rank. If it does not fit: Error, and nothing is loaded."""
+    own = model.state_dict(keep_vars=True)
+    shapes = {name: p.shard.shape if hasattr(p, "shard") else p.shape for name, p in own.items()}
+    if wrong := [name for name in {**own, **state} if name not in state or shapes.get(name) != state[name].shape]:
+        raise Error(f"the checkpoint is of another model: {wrong[0]} does not fit")
+    for name, p in own.items():
+        p.copy_(part(p, state[name]))
+
+
+def part(p, whole):
+    """Rank i's part of the whole parameter, or of a tensor like it: Adam's m or v."""
+    if not hasattr(p, "shard"):
+        return whole
+    s, x = p.shard, whole.t() if p.shard.conv1d else whole
+    x = F.pad(x, (0, 0) * (x.dim() - 1 - s.dim) + (0, s.order.numel() - s.size))
+    return x.index_select(s.dim, s.order[dist.get_rank(s.group)].to(x.device))
+
+
+def gather(p, part=None):
+    """The whole parameter, or the whole of a tensor like it, on every rank."""
+    x = p.detach() if part is None else part
+    if not hasattr(p, "shard"):
+        return x
+    s, parts = p.shard, [torch.empty_like(x) for _ in p.shard.order]
+    dist.all_gather(parts, x.contiguous(), s.group)
+    x = torch.cat(parts, s.dim).index_select(s.dim, s.order.flatten().argsort()[: s.size].to(x.device))
+    return x.t().contiguous() if s.conv1d else x
+
+
+# -------------------------------------------------------------------------------------------------------- plumbing
+
+
+def split(p, group, dim, blocks=1, conv1d=False):
+    """Leaves rank i's part in p, which stays the same object: for tied layers and the optimizer. Each of the blocks is
+    split on its own. conv1d: p is (in, out), as in transformers' Conv1D; dim is of (out, in), and so is the part."""
+    if p is not None and not hasattr(p, "shard"):
+        t, size = dist.get_world_size(group), p.size(1 - dim if conv1d else dim)
+        # (t, size/t): which numbers of this dimension each rank has. From size on they are padding
+        order = torch.arange(size + -size % t).view(blocks, t, -1).transpose(0, 1).reshape(t, -1)
+        p.shard = SimpleNamespace(shape=p.shape, size=size, dim=dim, order=order, conv1d=conv1d, group=group)
+        p.data, p.grad = part(p, p.data), None
+    return p
+
+
+def enter(group, region, args, kwargs):
+    x, *others = args or [kwargs.pop("hidden_states")]
+    return (f(x, group), *others), kwargs
+
+
+FAMILIES = "gpt2", "llama", "mistral", "qwen2"
+KINDS = {
+    **dict.fromkeys(("c_attn", "q_proj", "k_proj", "v_proj", "c_fc", "gate_proj", "up_proj"), ColumnParallelLinear),
+    **dict.fromkeys(("c_proj", "o_proj", "down_proj"), RowParallelLinear),
+    **dict.fromkeys(("wte", "embed_tokens"), VocabParallelEmbedding), "lm_head": VocabParallelHead,
+}  # fmt: skip
+
+
+def find_layers(model, t):
+    """[(module, name of its layer, kind)]; Error if something cannot be split."""
+    config, layers = getattr(model, "config", None), []
+    if getattr(config, "model_type", None) not in FAMILIES or not hasattr(model, "lm_head"):
+        raise Error(f"shard() splits causal language models of the families {', '.join(FAMILIES)}, not this model")
+    heads = getattr(config, "n_head", None) or config.num_attention_heads
+    for n, what in (heads, "heads"), (getattr(config, "num_key_value_heads", heads), "heads of keys and values"):
+        if n % t:
+            raise Error(f"{t} ranks cannot share {n} {what}: take a number of ranks that divides them, as none is cut")
+    for name, parent in model.named_modules():
+        for child, outer in [(child, m) for child, m in parent._modules.items() if child in KINDS]:
+            kind, path, layer = KINDS[child], f"{name}.{child}".lstrip("."), getattr(outer, "base_layer", outer)
+            inside, conv1d = kind in (ColumnParallelLinear, RowParallelLinear), type(layer).__name__ == "Conv1D"
+            known = {"weight", "bias", "base_layer.weight", "base_layer.bias", "lora_A", "lora_B"}
+            if (type(layer) not in (nn.Linear, nn.Embedding) and not conv1d) or (outer is not layer and not inside) \
+                    or not {n for n, _ in outer.named_parameters()} <= known:
+                raise Error(f"{path} is a {type(outer).__name__}: shard() splits nn.Linear, Conv1D, and LoRA on the "
+                            "linear layers of attention and MLP")
+            size = layer.weight.size(int(conv1d != (kind is RowParallelLinear)))
+            if inside and size % t:
+                raise Error(f"{t} ranks cannot share the {size} channels of {path}: take a number that divides them")
+            layers.append((parent, child, kind))
+    return layers
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    x, W, V = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 8), (32, 8), (8, 32)))
+    y = F.gelu(x @ W.t()) @ V.t()
+    column_row = sum(F.gelu(x @ w.t()) @ v.t() for w, v in zip(W.chunk(2), V.chunk(2, 1)))
+    print(f"column, then row, with one sum at the end: {(column_row - y).abs().max():.0e} off")
