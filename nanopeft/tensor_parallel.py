@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Tensor parallelism: each large matrix is split over t ranks, and every rank computes its part of each product.
 
-All ranks read the same batch: n tokens, x (n, d). W is (out, in), y = x Wᵀ + b. Rank i of t keeps a part W_i:
+All ranks read the same batch: n tokens, x (n, d). W is (out, in), y = x Wᵀ + b. Rank i keeps a part W_i:
 
     column-parallel   y_i = f(x) W_iᵀ + b_i    W_i (out/t, in): outputs are split, so y is in t parts
-    row-parallel      y = g(x_i W_iᵀ) + b      W_i (out, in/t): inputs are split, so x is in t parts and y is their sum
+    row-parallel      y = g(x_i W_iᵀ) + b      W_i (out, in/t): inputs are split, so x is in t parts, and y is a sum
 
          forward                          backward
     f    nothing: x goes to t products    all-reduce: dx = Σ dy_i W_i
@@ -15,14 +15,14 @@ All ranks read the same batch: n tokens, x (n, d). W is (out, in), y = x Wᵀ + 
     x (n, d) ── f ─┬─ W_1 (2d, d) ── (n, 2d) ── gelu ── V_1 (d, 2d) ── (n, d) ─┬─ g ── + b ── y (n, d)
                    └─ W_2 (2d, d) ── (n, 2d) ── gelu ── V_2 (d, 2d) ── (n, d) ─┘
 
-Why column, then row: rank i has its hidden numbers complete. GELU needs no others, and V_i needs just these, so nothing
-is sent between the two layers. If W were row-parallel, each rank would have a part of a sum there, and gelu(a + b) is
-not gelu(a) + gelu(b): an all-reduce of 4 n d numbers would come first. b is added after g, or it would be added t times.
+Why column, then row: rank i has its hidden numbers complete, GELU needs no others, and V_i needs just these. So nothing
+is sent between the two. If W were row-parallel, each rank would have a part of a sum there, and gelu(a + b) is not
+gelu(a) + gelu(b): an all-reduce of 4 n d numbers would come first. b is added after g, or it would be added t times.
 
-Attention: q, k and v are column-parallel by heads, so rank i computes H/t heads alone, and the output projection is
-row-parallel. GPT-2's c_attn has q, k and v in one matrix; each of the three is split. t must divide the heads, those of
-k and v too. Norms, position embeddings and b are replicated: all ranks compute the same with them, get the same gradient
-and stay equal to the bit, though nothing is sent.
+Attention: q, k and v are column-parallel by heads, so rank i computes H/t heads alone; the output projection is
+row-parallel. c_attn of GPT-2 has q, k and v in one matrix, and each is split. t must divide the heads, those of k and v
+too. Norms, position embeddings and b are replicated: all ranks compute the same with them and get the same gradient, so
+they stay equal, to the bit, though nothing is sent.
 
 Vocabulary: the embedding is row-parallel on one-hot vectors: rank i looks up its V/t tokens, others give 0, g adds. The
 head is column-parallel, z_i (n, V/t). Cross-entropy sends 3 n numbers; to gather all logits would take n V:
@@ -33,27 +33,26 @@ Zero rows pad V to a multiple of t (GPT-2: 50257 = 29 · 1733); their logits are
 LoRA: the factor on W's split side is split as W is, the other is whole. So ΔW_i is local, and a merge sends nothing:
     column   ΔW_i = s · B_i A     A (r, in) whole    B_i (out/t, r)    trained on each rank: r (in + out/t)
     row      ΔW_i = s · B A_i     A_i (r, in/t)      B (out, r) whole                        r (in/t + out)
-x ΔW_iᵀ is summed by the layer's own f and g. But each rank has only a part of the whole factor's gradient. The parts
-must be summed, or its copies drift apart: a hook does it, r · d numbers in backward. peft puts f on x Aᵀ and g on
-x_i A_iᵀ instead: n · r numbers, which is less if n < d, but g's are in forward. Both are few beside the layer's n · d.
-Dropout of LoRA's input: x needs the same mask on all ranks, x_i its own. All draw the mask for every input, and take
-their part: the masks are those of one process.
+f and g of the layer serve x ΔW_iᵀ too. But each rank has only a part of the whole factor's gradient. If the parts are
+not summed, its copies drift apart. A hook sums them: r · d numbers in backward. Or, as in peft, f is on x Aᵀ and g on
+x_i A_iᵀ: n · r numbers, fewer if n < d, but g's are in forward. Both are few beside the layer's n · d.
+LoRA's dropout: x needs one mask on all ranks, x_i its own. All draw the mask for every input, and take their part.
 
-What is sent: attention and MLP have f and g each, so a layer has 4 all-reduces of n d numbers, 2 in forward and 2 in
-backward; and the embedding's g and the head's f. Of each a rank sends 2 (t - 1) / t times its numbers.
+What is sent: a layer has 4 all-reduces of n d numbers, f and g of attention and MLP: 2 in forward and 2 in backward.
+The embedding's g and the head's f add 2. A rank sends 2 (t - 1) / t times the numbers of an all-reduce.
     GPT-2 small, n = 256: n d = 196,608; 50 all-reduces, 39.3 MB in fp32
-    7B (L = 32, d = 4096), n = 4096, t = 8, 16 bits: 7.6 GB, 17 ms at 450 GB/s (NVLink), 0.31 s at 25 GB/s. To compute
-    takes 51 ms (6 · 6.7e9 · n FLOPs / 8 at 400e12 a second)
-The next product waits for the sum, so nothing hides. Hence: inside a node, t at most 8.
-What is saved: parameters, gradients, optimizer state, logits, activations inside attention and MLP, all 1/t. x and the
-norms stay whole. Sequence parallelism splits them too: f becomes an all-gather, g a reduce-scatter; both send the same.
+    7B (L = 32, d = 4096), n = 4096, t = 8, 16 bits: 7.6 GB; 17 ms at 450 GB/s (NVLink), 0.31 s at 25 GB/s. The rank
+    computes for 51 ms (6 · 6.7e9 · n FLOPs / 8 at 400e12 a second).
+The next product waits for the sum, so nothing hides. Hence: inside a node, t at most 8. Parameters, gradients, optimizer
+state, logits and what is inside attention and MLP become 1/t. x and the norms' activations stay whole; sequence
+parallelism splits them too, with all-gather for f and reduce-scatter for g, which send as much.
 
                 splits             sends                            limited by
-    ZeRO        storage, batch     2Ψ or 3Ψ a step, hides           activations are whole; each rank needs own data
+    ZeRO        storage, batch     2Ψ or 3Ψ a step, hides           whole activations; each rank needs its own data
     pipeline    layers             n d per boundary, little         the bubble: needs many micro-batches
     tensor      each product       4 n d per layer, never hides     fast links; t divides the heads
-When to use it: a layer or its activations are too large for one device, or a small batch must be fast, as in generation:
-all ranks work on each token. If ZeRO fits and the batch is large, ZeRO is simpler and mostly faster.
+When: a layer or its activations are too large for one device, or a small batch must be fast, as in generation, for all
+ranks work on each token. If ZeRO fits and the batch is large, ZeRO is simpler and mostly faster.
 3D: who sends most is innermost. Tensor inside a node, pipeline over nodes, data parallelism (with ZeRO 1) outermost:
 rank = (data · stages + stage) · t + i, so a tensor group is t neighbours.
 
@@ -62,8 +61,6 @@ Pitfalls
 * All ranks of a group need the same batch, random state (shard() takes rank 0's) and calls, or they wait forever.
 * Clip with clip_grad_norm: squares of split parameters are summed over ranks, those of replicated ones counted once.
 * shard() comes after adapters are added and parameters frozen. Recomputation sends forward's all-reduces once more.
-* Dropout inside attention (transformers' GPT-2) has the same mask for rank 0's first head, rank 1's first, and so on.
-
 Papers: Megatron-LM, arXiv 1909.08053, section 3; sequence parallelism, 2205.05198; 3D parallelism, 2104.04473.
 The whole family in one table: nanopeft/__init__.py
 """
@@ -80,9 +77,6 @@ import torch.nn.functional as F
 
 class Error(ValueError):
     """Wrong use of tensor parallelism; the message says what would be right."""
-
-
-# --------------------------------------------------------------------------------------------------------- f and g
 
 
 def all_reduce(x, group, op=dist.ReduceOp.SUM):
@@ -119,11 +113,9 @@ class Reduce(torch.autograd.Function):
 
 f, g = Copy.apply, Reduce.apply
 
-# ---------------------------------------------------------------------------------------------------------- layers
-
 
 class ColumnParallelLinear(nn.Linear):
-    """y_i = f(x) W_iᵀ + b_i: nn.Linear with fewer outputs. f is where attention or MLP begins: once for q, k and v."""
+    """y_i = f(x) W_iᵀ + b_i: nn.Linear with fewer outputs. f is at the norm before, once for q, k and v."""
 
 
 class RowParallelLinear(nn.Linear):
@@ -158,25 +150,25 @@ def parallel_attention(attn, x, mask=None, cache=None):
 
 
 class VocabParallelHead(nn.Linear):
-    """z_i = f(x) W_iᵀ, W_i (V/t, d). Returns the loss if there are labels; if not, all logits, to generate."""
+    """z_i = f(x) W_iᵀ, W_i (V/t, d). Returns the loss if the model has labels; if not, all logits, to generate."""
 
-    def take_labels(self, model, args, kwargs):
+    def take_labels(self, model, args, kwargs):  # before the model's forward
         self.labels = kwargs.pop("labels", None)  # (B, T)
         return args, kwargs
 
     def forward(self, x):
-        x, V, first = f(x, self.group), self.weight.shard.shape[0], self.first
+        x, V = f(x, self.group), self.weight.shard.shape[0]
         if self.labels is None:
             z = F.linear(x, self.weight)  # (B, T, V/t)
-            after = dist.get_world_size(self.group) * z.size(-1) - first - z.size(-1)
-            return g(F.pad(z, (first, after)), self.group)[..., :V]  # (B, T, V): other ranks add 0
+            after = self.weight.shard.order.numel() - self.first - z.size(-1)
+            return g(F.pad(z, (self.first, after)), self.group)[..., :V]  # (B, T, V): other ranks add 0
         scored = self.labels[:, 1:] != -100  # x[t] is scored on labels[t + 1]
         z = F.linear(x[:, :-1][scored], self.weight)  # (n, V/t)
-        z[:, max(0, V - first) :] = -math.inf  # padding of the vocabulary
-        loss = VocabParallelCrossEntropy.apply(z, self.labels[:, 1:][scored], first, self.group)
+        z[:, max(0, V - self.first) :] = -math.inf  # padding of the vocabulary
+        loss = VocabParallelCrossEntropy.apply(z, self.labels[:, 1:][scored], self.first, self.group)
         return loss.sum() / scored.sum().clamp(min=1)
 
-    def give_loss(self, model, args, out):  # it is where the model expects logits
+    def give_loss(self, model, args, out):  # after it: the loss is where the model expects logits
         return out if self.labels is None else type(out)(loss=out.logits, past_key_values=out.past_key_values)
 
 
@@ -200,14 +192,13 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         return (dloss[:, None] * ctx.saved_tensors[0]).to(ctx.dtype), None, None, None
 
 
-def row_parallel_dropout(dropout, group, x):
-    """Dropout of x_i (..., in/t): all ranks draw the mask for every input, as one process does, and take their part."""
-    t, i = dist.get_world_size(group), dist.get_rank(group)
-    return x * F.dropout(x.new_ones(*x.shape[:-1], t * x.size(-1)), dropout.p, dropout.training).chunk(t, -1)[i]
+def row_parallel_dropout(dropout, A, x):
+    """Dropout of LoRA's x_i (..., in/t): all ranks draw the mask for every input, and take their part of it."""
+    mask = F.dropout(x.new_ones(x[..., 0].numel(), A.shard.size), dropout.p, dropout.training)  # (n, in)
+    return x * part(A, mask).view(x.shape)
 
 
-# ------------------------------------------------------------------------------------------------------------- use
-
+# ----------------------------------------------------------------------------------------------------------------- use
 
 @torch.no_grad()
 def shard(model, group=None):
@@ -225,21 +216,18 @@ def shard(model, group=None):
     for x in [*model.parameters(), *model.buffers(), state]:
         dist.broadcast(x.data, dist.get_global_rank(group, 0), group)
     random.set_rng_state(state.cpu())
-
-    for parent, child, kind in layers:
-        outer = getattr(parent, child)  # the layer, or LoRA around it
-        layer = getattr(outer, "base_layer", outer)
+    for parent, child, outer, layer, kind in layers:  # outer: LoRA around the layer, or the layer
+        if kind is None:  # the norm before attention or MLP
+            layer.register_forward_hook(lambda module, args, x: f(x, group))
+            continue
         dim, blocks = int(kind is RowParallelLinear), 3 if child == "c_attn" else 1  # q, k and v
-        weight = split(layer.weight, group, dim, blocks, type(layer).__name__ == "Conv1D")
+        weight = split(layer.weight, group, dim, blocks, conv1d=type(layer).__name__ == "Conv1D")
         new = kind(*weight.shape[:: 1 if kind is VocabParallelEmbedding else -1], device="meta")
         new.weight, new.group, new.first = weight, group, dist.get_rank(group) * len(weight)
-        if kind is VocabParallelEmbedding:
-            index = -1 if layer.padding_idx is None else layer.padding_idx - new.first
-            new.padding_idx = index if 0 <= index < len(weight) else None
-        else:
-            new.bias = split(layer.bias, group, dim, blocks) if kind is ColumnParallelLinear else layer.bias
+        new.bias = split(layer.bias, group, 0, blocks) if kind is ColumnParallelLinear else getattr(layer, "bias", None)
+        if getattr(layer, "padding_idx", None) in range(new.first, new.first + len(weight)):
+            new.padding_idx = layer.padding_idx - new.first
         if outer is layer:
-            outer = new
             setattr(parent, child, new)
         else:
             outer.base_layer = new
@@ -248,15 +236,14 @@ def shard(model, group=None):
             if whole.requires_grad:
                 whole.register_hook(lambda grad: all_reduce(grad, group))
             if dim:
-                outer.dropout.forward = functools.partial(row_parallel_dropout, outer.dropout, group)
+                outer.dropout.forward = functools.partial(row_parallel_dropout, outer.dropout, factor)
         if dim:
-            outer.register_forward_hook(new.add_parts)
-    for region in {parent: None for parent, _, kind in layers if kind is ColumnParallelLinear}:  # attention and MLP
-        region.register_forward_pre_hook(functools.partial(enter, group), with_kwargs=True)
-        for name in {"n_head", "num_heads", "split_size"} & vars(region).keys():  # of GPT-2, ours and transformers'
-            setattr(region, name, getattr(region, name) // t)
-        if hasattr(region, "n_head"):
-            region.forward = functools.partial(parallel_attention, region)
+            getattr(parent, child).register_forward_hook(new.add_parts)
+        if child == "c_attn":
+            for name in {"n_head", "num_heads", "split_size"} & vars(parent).keys():  # of our GPT, or transformers'
+                setattr(parent, name, getattr(parent, name) // t)
+            if hasattr(parent, "n_head"):
+                parent.forward = functools.partial(parallel_attention, parent)
     model.register_forward_pre_hook(model.lm_head.take_labels, with_kwargs=True)
     model.register_forward_hook(model.lm_head.give_loss)
     model.tensor_group = group
@@ -312,8 +299,7 @@ def gather(p, part=None):
     return x.t().contiguous() if s.conv1d else x
 
 
-# -------------------------------------------------------------------------------------------------------- plumbing
-
+# ------------------------------------------------------------------------------------------------------------ plumbing
 
 def split(p, group, dim, blocks=1, conv1d=False):
     """Leaves rank i's part in p, which stays the same object: for tied layers and the optimizer. Each of the blocks is
@@ -327,13 +313,10 @@ def split(p, group, dim, blocks=1, conv1d=False):
     return p
 
 
-def enter(group, region, args, kwargs):
-    x, *others = args or [kwargs.pop("hidden_states")]
-    return (f(x, group), *others), kwargs
-
-
 FAMILIES = "gpt2", "llama", "mistral", "qwen2"
+SPLITTABLE = "Linear", "Conv1D", "Embedding", "LoRALinear over Linear", "LoRALinear over Conv1D"
 KINDS = {
+    **dict.fromkeys(("ln_1", "ln_2", "input_layernorm", "post_attention_layernorm")),  # f follows
     **dict.fromkeys(("c_attn", "q_proj", "k_proj", "v_proj", "c_fc", "gate_proj", "up_proj"), ColumnParallelLinear),
     **dict.fromkeys(("c_proj", "o_proj", "down_proj"), RowParallelLinear),
     **dict.fromkeys(("wte", "embed_tokens"), VocabParallelEmbedding), "lm_head": VocabParallelHead,
@@ -341,33 +324,27 @@ KINDS = {
 
 
 def find_layers(model, t):
-    """[(module, name of its layer, kind)]; Error if something cannot be split."""
+    """[(module, name of its layer, LoRA around it or the layer, the layer, kind)]; Error if one cannot be split."""
     config, layers = getattr(model, "config", None), []
     if getattr(config, "model_type", None) not in FAMILIES or not hasattr(model, "lm_head"):
         raise Error(f"shard() splits causal language models of the families {', '.join(FAMILIES)}, not this model")
-    heads = getattr(config, "n_head", None) or config.num_attention_heads
-    for n, what in (heads, "heads"), (getattr(config, "num_key_value_heads", heads), "heads of keys and values"):
-        if n % t:
-            raise Error(f"{t} ranks cannot share {n} {what}: take a number of ranks that divides them, as none is cut")
-    for name, parent in model.named_modules():
+    for name in ("n_head", "num_attention_heads", "num_key_value_heads"):
+        if (n := getattr(config, name, t)) % t:
+            raise Error(f"{t} ranks cannot share {name} = {n}: take a number of ranks that divides it, no head is cut")
+    for path, parent in model.named_modules():
         for child, outer in [(child, m) for child, m in parent._modules.items() if child in KINDS]:
-            kind, path, layer = KINDS[child], f"{name}.{child}".lstrip("."), getattr(outer, "base_layer", outer)
-            inside, conv1d = kind in (ColumnParallelLinear, RowParallelLinear), type(layer).__name__ == "Conv1D"
-            known = {"weight", "bias", "base_layer.weight", "base_layer.bias", "lora_A", "lora_B"}
-            if (type(layer) not in (nn.Linear, nn.Embedding) and not conv1d) or (outer is not layer and not inside) \
-                    or not {n for n, _ in outer.named_parameters()} <= known:
-                raise Error(f"{path} is a {type(outer).__name__}: shard() splits nn.Linear, Conv1D, and LoRA on the "
-                            "linear layers of attention and MLP")
-            size = layer.weight.size(int(conv1d != (kind is RowParallelLinear)))
-            if inside and size % t:
-                raise Error(f"{t} ranks cannot share the {size} channels of {path}: take a number that divides them")
-            layers.append((parent, child, kind))
+            kind, layer = KINDS[child], getattr(outer, "base_layer", outer)
+            what = " over ".join(type(m).__name__ for m in dict.fromkeys((outer, layer)))
+            if kind and (what not in SPLITTABLE or kind is VocabParallelHead and what != "Linear"):
+                name = f"{path}.{child}".lstrip(".")
+                raise Error(f"{name} is a {what}: shard() splits {', '.join(SPLITTABLE)}, and no LoRA on the head")
+            layers.append((parent, child, outer, layer, kind))
     return layers
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     x, W, V = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 8), (32, 8), (8, 32)))
-    y = F.gelu(x @ W.t()) @ V.t()
-    column_row = sum(F.gelu(x @ w.t()) @ v.t() for w, v in zip(W.chunk(2), V.chunk(2, 1)))
-    print(f"column, then row, with one sum at the end: {(column_row - y).abs().max():.0e} off")
+    y, parts = F.gelu(x @ W.t()) @ V.t(), list(zip(W.chunk(2), V.chunk(2, 1)))
+    column_row = sum(F.gelu(x @ W_i.t()) @ V_i.t() for W_i, V_i in parts)
+    print(f"column, then row, one sum at the end: {(column_row - y).abs().max():.0e} off")
