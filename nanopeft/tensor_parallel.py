@@ -15,20 +15,20 @@ All ranks read the same batch: n tokens, x (n, d). W is (out, in), y = x Wᵀ + 
     x (n, d) ── f ─┬─ W_1 (2d, d) ── (n, 2d) ── gelu ── V_1 (d, 2d) ── (n, d) ─┬─ g ── + b ── y (n, d)
                    └─ W_2 (2d, d) ── (n, 2d) ── gelu ── V_2 (d, 2d) ── (n, d) ─┘
 
-Why column, then row: rank i has its hidden numbers complete, GELU needs no others, and V_i needs just these. So nothing
+Why column, then row: rank i has its hidden numbers complete, GELU needs no more, and V_i needs just these. So nothing
 is sent between the two. If W were row-parallel, each rank would have a part of a sum there, and gelu(a + b) is not
 gelu(a) + gelu(b): an all-reduce of 4 n d numbers would come first. b is added after g, or it would be added t times.
 
 Attention: q, k and v are column-parallel by heads, so rank i computes H/t heads alone; the output projection is
-row-parallel. c_attn of GPT-2 has q, k and v in one matrix, and each is split. t must divide the heads, those of k and v
-too. Norms, position embeddings and b are replicated: all ranks compute the same with them and get the same gradient, so
-they stay equal, to the bit, though nothing is sent.
+row-parallel. GPT-2's c_attn is q, k and v in one matrix: each of them is split. t must divide the heads, of k and v
+too. Other sizes are padded with zeros (GPT-2's V = 50257 = 29 · 1733); logits of padding are masked with -inf.
+Norms, position embeddings and b are replicated: all ranks compute the same with them and get the same gradient, so they
+stay equal, to the bit, though nothing is sent.
 
 Vocabulary: the embedding is row-parallel on one-hot vectors: rank i looks up its V/t tokens, others give 0, g adds. The
 head is column-parallel, z_i (n, V/t). Cross-entropy sends 3 n numbers; to gather all logits would take n V:
     M = max z     S = Σ exp(z - M)     P = z[label] - M, from the rank that has it     loss = log S - P
     dz_i = exp(z_i - M) / S - onehot(label)
-Zero rows pad V to a multiple of t (GPT-2: 50257 = 29 · 1733); their logits are masked with -inf.
 
 LoRA: the factor on W's split side is split as W is, the other is whole. So ΔW_i is local, and a merge sends nothing:
     column   ΔW_i = s · B_i A     A (r, in) whole    B_i (out/t, r)    trained on each rank: r (in + out/t)
@@ -38,12 +38,12 @@ not summed, its copies drift apart. A hook sums them: r · d numbers in backward
 x_i A_iᵀ: n · r numbers, fewer if n < d, but g's are in forward. Both are few beside the layer's n · d.
 LoRA's dropout: x needs one mask on all ranks, x_i its own. All draw the mask for every input, and take their part.
 
-What is sent: a layer has 4 all-reduces of n d numbers, f and g of attention and MLP: 2 in forward and 2 in backward.
-The embedding's g and the head's f add 2. A rank sends 2 (t - 1) / t times the numbers of an all-reduce.
+What is sent: a layer has 4 all-reduces of n d numbers, f and g of attention and MLP, 2 in forward, 2 in backward. The
+embedding's g and the head's f add 2. A rank sends 2 (t - 1) / t times the numbers of an all-reduce.
     GPT-2 small, n = 256: n d = 196,608; 50 all-reduces, 39.3 MB in fp32
-    7B (L = 32, d = 4096), n = 4096, t = 8, 16 bits: 7.6 GB; 17 ms at 450 GB/s (NVLink), 0.31 s at 25 GB/s. The rank
-    computes for 51 ms (6 · 6.7e9 · n FLOPs / 8 at 400e12 a second).
-The next product waits for the sum, so nothing hides. Hence: inside a node, t at most 8. Parameters, gradients, optimizer
+    7B (L = 32, d = 4096), n = 4096, t = 8, 16 bits: 7.6 GB, which take 17 ms at 450 GB/s (NVLink), 0.31 s at 25 GB/s,
+    while the rank computes for 51 ms (6 · 6.7e9 · n FLOPs / 8 at 400e12 a second)
+The next product waits for the sum, so nothing hides. Hence: inside a node, t up to 8. Parameters, gradients, optimizer
 state, logits and what is inside attention and MLP become 1/t. x and the norms' activations stay whole; sequence
 parallelism splits them too, with all-gather for f and reduce-scatter for g, which send as much.
 
@@ -336,8 +336,8 @@ def find_layers(model, t):
             kind, layer = KINDS[child], getattr(outer, "base_layer", outer)
             what = " over ".join(type(m).__name__ for m in dict.fromkeys((outer, layer)))
             if kind and (what not in SPLITTABLE or kind is VocabParallelHead and what != "Linear"):
-                name = f"{path}.{child}".lstrip(".")
-                raise Error(f"{name} is a {what}: shard() splits {', '.join(SPLITTABLE)}, and no LoRA on the head")
+                splits = f"shard() splits {', '.join(SPLITTABLE)}, but no LoRA on the head"
+                raise Error(f"{path}.{child} is a {what}: {splits}".lstrip("."))
             layers.append((parent, child, outer, layer, kind))
     return layers
 
@@ -345,6 +345,7 @@ def find_layers(model, t):
 if __name__ == "__main__":
     torch.manual_seed(0)
     x, W, V = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 8), (32, 8), (8, 32)))
-    y, parts = F.gelu(x @ W.t()) @ V.t(), list(zip(W.chunk(2), V.chunk(2, 1)))
-    column_row = sum(F.gelu(x @ W_i.t()) @ V_i.t() for W_i, V_i in parts)
-    print(f"column, then row, one sum at the end: {(column_row - y).abs().max():.0e} off")
+    y, halves = F.gelu(x @ W.t()) @ V.t(), zip(W.chunk(2), V.chunk(2, 1), x.chunk(2, 1), W.chunk(2, 1))
+    two = [(F.gelu(x @ W_i.t()) @ V_i.t(), F.gelu(x_i @ W_r.t()) @ V.t()) for W_i, V_i, x_i, W_r in halves]
+    for name, parts in zip(("column, then row", "row without a sum before GELU"), zip(*two)):
+        print(f"MLP on two ranks, {name}: the sum of their parts is {(sum(parts) - y).abs().max():.0e} off")

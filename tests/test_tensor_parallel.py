@@ -404,13 +404,11 @@ SHAPES = st.fixed_dictionaries(dict(
 def any_shape(ranks, t, **shape):
     found = ranks.job(t, "fits", t, **shape)
     if shape["n_head"] % t:
-        assert set(found) == {
-            f"{t} ranks cannot share n_head = {shape['n_head']}: take a number of ranks that divides it, no head is cut"
-        }
+        assert all(error.startswith(f"{t} ranks cannot share n_head = {shape['n_head']}: ") for error in found)
     else:
         n_head, rows, T, kind = (shape[key] for key in ("n_head", "rows", "T", "kind"))
-        how = dict(steps=3, micro=1, rows=rows, T=T, targets=shape["targets"])
-        sizes = dict(n_embd=n_head * shape["h"], n_head=n_head, vocab_size=shape["V"], n_layer=shape["L"], n_positions=T)
+        how = dict(steps=3, micro=1, rows=rows, T=T, targets=shape["targets"], n_positions=T)
+        sizes = dict(n_embd=n_head * shape["h"], n_head=n_head, vocab_size=shape["V"], n_layer=shape["L"])
         holds(found, train("gpt", kind, alone=True, **how, **sizes))
 
 
@@ -594,10 +592,11 @@ def test_refuses_without_a_process_group():
 
 
 def test_demonstration():
-    """Run as a program the file shows that column, then row needs one sum, and row, then column more."""
+    """Run as a program the file shows that column, then row needs one sum, and that gelu(a + b) is no sum of two."""
     done = subprocess.run([sys.executable, tp.__file__], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "column, then row" in done.stdout
+    off = [float(line.split()[-2]) for line in done.stdout.splitlines()]
+    assert off[0] < 1e-13 and off[1] > 0.1
 
 
 if __name__ == "__main__":
