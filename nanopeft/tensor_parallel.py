@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Tensor parallelism: each large matrix is split over t ranks, and every rank computes its part of each product.
 
-All ranks read the same batch: n tokens, x (n, d). W is (out, in), y = x Wᵀ + b. Rank i keeps a part W_i:
+All ranks read the same batch: n tokens, x (n, d). W is (out, in), y = x Wᵀ + b, and rank i keeps a part W_i. H heads,
+L layers, V tokens in the vocabulary, Ψ parameters; LoRA has rank r and scaling s.
 
     column-parallel   y_i = f(x) W_iᵀ + b_i    W_i (out/t, in): outputs are split, so y is in t parts
     row-parallel      y = g(x_i W_iᵀ) + b      W_i (out, in/t): inputs are split, so x is in t parts, and y is a sum
@@ -58,9 +59,10 @@ rank = (data · stages + stage) · t + i, so a tensor group is t neighbours.
 
 Pitfalls
 * An all-reduce that autograd differentiates sums in backward again: t times the gradient, as all ranks have the loss.
-* All ranks of a group need the same batch, random state (shard() takes rank 0's) and calls, or they wait forever.
+* All ranks of a group need the same batch, random state (shard() takes rank 0's) and calls, or they drift or hang.
 * Clip with clip_grad_norm: squares of split parameters are summed over ranks, those of replicated ones counted once.
 * shard() comes after adapters are added and parameters frozen. Recomputation sends forward's all-reduces once more.
+* Attention weights are dropped (transformers' GPT-2 does it in training) by the same mask on each rank's first head.
 Papers: Megatron-LM, arXiv 1909.08053, section 3; sequence parallelism, 2205.05198; 3D parallelism, 2104.04473.
 The whole family in one table: nanopeft/__init__.py
 """
@@ -253,13 +255,13 @@ def shard(model, group=None):
 @torch.no_grad()
 def clip_grad_norm(model, max_norm=math.inf):
     """Scales the gradients down to this norm, and returns the norm that they had. If it is not finite, they stay."""
-    gradients = [(p.grad, int(hasattr(p, "shard"))) for p in model.parameters() if p.grad is not None]
+    params = [p for p in model.parameters() if p.grad is not None]
     squares = torch.zeros(2, dtype=torch.float64, device=model.lm_head.weight.device)  # of replicated, of split ones
-    for grad, is_split in gradients:
-        squares[is_split] += sum(piece.double().square().sum() for piece in grad.flatten().split(1 << 18))
+    for p in params:
+        squares[int(hasattr(p, "shard"))] += sum(x.double().square().sum() for x in p.grad.flatten().split(1 << 18))
     norm = (squares[0] + all_reduce(squares[1], model.tensor_group)).sqrt().item()
-    for grad, _ in gradients if max_norm < norm < math.inf else ():
-        grad.mul_(max_norm / (norm + 1e-6))
+    for p in params if max_norm < norm < math.inf else ():
+        p.grad.mul_(max_norm / (norm + 1e-6))
     return norm
 
 

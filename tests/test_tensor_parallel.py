@@ -88,9 +88,9 @@ def loss_of(model, ids, labels):
 
 
 def train(family="gpt", kind="full", *, alone=False, steps=20, micro=2, clip=0.3, rows=3, T=9, optimizer="AdamW",
-          group=None, **how):  # fmt: skip
+          group=None, seed=0, **how):  # fmt: skip
     """Trains, on all ranks or alone. Whole parameters, norms and losses, and a digest of what each rank has whole."""
-    model = model_of(family, kind, seed=0 if alone else dist.get_rank(group), **how)  # rank 0's must count
+    model = model_of(family, kind, seed=seed if alone else seed + dist.get_rank(group), **how)  # rank 0's counts
     if not alone:
         tp.shard(model, group)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -282,9 +282,9 @@ def beside_torch():
 
 
 def groups(**how):
-    """Two groups of two ranks each train on their own."""
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    return train("gpt", "lora", group=pairs[dist.get_rank() // 2], **how)
+    """Two groups of two ranks each train a model of their own."""
+    pairs, number = [dist.new_group([0, 1]), dist.new_group([2, 3])], dist.get_rank() // 2
+    return train("gpt", "lora", group=pairs[number], seed=10 * number, **how)
 
 
 def held():
@@ -429,8 +429,10 @@ def test_any_shape_long(ranks, shape):
 
 
 def test_groups(ranks):
-    """A group need not be all ranks."""
-    holds(ranks.job(4, "groups", steps=3), alone("gpt", "lora", steps=3))
+    """A group need not be all ranks: two groups train two models."""
+    found = ranks.job(4, "groups", steps=3)
+    for number in (0, 1):
+        holds(found[2 * number : 2 * number + 2], alone("gpt", "lora", steps=3, seed=10 * number))
 
 
 def test_bf16(ranks):
