@@ -282,7 +282,8 @@ def split(model, p):
         raise Error(f"{len(blocks)} blocks and the head make at most {len(blocks) + 1} stages, not {p}")
     sizes = partition([cost(modules[name]) for name in blocks] + [sum(cost(modules[name]) for name in after)], p)
     stages = [blocks[sum(sizes[:s]) : sum(sizes[: s + 1])] for s in range(p)]
-    stages[0], stages[-1] = before + stages[0], stages[-1] + after
+    stages[0] = before + stages[0]
+    stages[-1] = stages[-1] + after
     return [{name: modules[name] for name in stage if name in modules} for stage in stages]
 
 
@@ -328,8 +329,9 @@ def broadcast(tensor, source):
 class Toy(nn.Module):
     """Four blocks that sleep in place of computing, so that four ranks need no four cores."""
 
-    def __init__(self):
+    def __init__(self, seconds):
         super().__init__()
+        self.seconds = seconds
         self.config, self.model, self.lm_head = SimpleNamespace(model_type="llama"), nn.Module(), nn.Identity()
         self.model.embed_tokens, self.model.norm = nn.Embedding(8, 8), nn.Identity()
         self.model.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
@@ -342,8 +344,8 @@ class Toy(nn.Module):
         for layer in self.model.layers:
             x = layer(x)
             if isinstance(layer, nn.Linear):
-                time.sleep(0.005)
-                x.register_hook(lambda dx: time.sleep(0.01))
+                time.sleep(self.seconds)
+                x.register_hook(lambda dx: time.sleep(2 * self.seconds))
         return SimpleNamespace(logits=x, loss=None if labels is None else x.square().mean())
 
 
@@ -351,9 +353,9 @@ def demonstrate(rank, path, p=4, m=8):
     dist.init_process_group("gloo", f"file://{path}", timedelta(seconds=30), p, rank)
     ids, most = torch.arange(6).view(1, 6), [None] * p
     for schedule in ("gpipe", "1f1b"):
-        model = Toy()
-        pipeline = Pipeline(model, torch.optim.SGD(model.parameters()), schedule=schedule)
-        pipeline.backward([{"input_ids": ids, "labels": ids}] * m)
+        pipeline = Pipeline(Toy(seconds=0.008), None, schedule=schedule)  # there is no step()
+        for n in (1, m):  # the first time makes the connections
+            pipeline.backward([{"input_ids": ids, "labels": ids}] * n)
         timeline = pipeline.timeline()
         dist.all_gather_object(most, pipeline.most_alive)
         if rank == 0:
