@@ -15,13 +15,13 @@ A step of p = 4 stages and m = 8 micro-batches, a to h. abc forward, ABC backwar
     stage 2  ..abcdefgh...AABBCCDDEEFFGGHH....   8        stage 2  ..ab..AAcBBdCCeDDfEEgFFhGG.HH....   2
     stage 3  ...abcdefghAABBCCDDEEFFGGHH......   8        stage 3  ...aAAbBBcCCdDDeEEfFFgGGhHH......   1
 
-Bubble: the pipeline fills and drains. A stage works in m turns and waits in p - 1, for (p - 1) / (m + p - 1) of the
-time: 27 % here, 9 % with m = 32. Megatron's (p - 1) / m is the same bubble as a share of the work. The cure is more
+Bubble: the pipeline fills and drains. A stage works for m turns and waits for p - 1, which is (p - 1) / (m + p - 1) of
+the time: 27 % here, 9 % with m = 32. Megatron's (p - 1) / m is the same bubble as a share of the work. The cure is more
 micro-batches, 4p or more, until they are too small to use the hardware well.
 
 1F1B saves memory, not time. A micro-batch's activations are alive from its forward to its backward. GPipe keeps those
 of all m. In 1F1B a stage starts with one forward for each stage after it; from then on each forward is followed by the
-backward that frees an older one. So at most min(m, p - s) are alive. Each stage waits as long as in GPipe, elsewhere.
+backward that frees an older one. So at most min(m, p - s) are alive. A stage waits as long as in GPipe: count the dots.
 Interleaving gives a rank v separate pieces of the model: turns are v times shorter, so the bubble is (p - 1) / (v·m) of
 the work, for v times the messages. Zero bubble cuts backward into dx, for which the stage before waits, and dW, which
 can fill the waiting; over frozen weights, as in LoRA, there is hardly any dW.
@@ -40,13 +40,13 @@ gradient; if both wait for their send to end, they wait forever. So a send is st
 A receive then waits only for what its neighbour does earlier in the schedule, and there is no circle.
 
 When to use it: the model does not fit one device, links are slow (between nodes), and there are micro-batches enough.
-If only optimizer state or gradients do not fit, ZeRO is simpler and never waits. Activations: recompute them as well.
+If only optimizer state or gradients do not fit, ZeRO is simpler and has no bubble. Recomputation goes with both.
 
 3D parallelism: t · p · n ranks as a grid. Tensor parallelism is innermost, for each layer waits for its all-reduces: it
 stays inside a node. The pipeline crosses nodes: one message a micro-batch, between ranks of the same place in the grid.
 Data parallelism is outermost: n copies of all this, and stage s of one copy adds its gradients to those of stage s of
-the others, once a step. It goes with ZeRO stage 1. Stage 2 would
-send the gradients after each micro-batch, stage 3 gather the parameters for each forward and each backward.
+the others, once a step. ZeRO stage 1 fits in here. Stage 2 would send the gradients after each micro-batch, and stage 3
+would gather the parameters for each forward and each backward: m times the traffic.
 
 Pitfalls
 * The loss is divided by the labelled tokens of all m: a mean of means is another loss. backward() does it.
@@ -127,11 +127,11 @@ class Pipeline:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.stage, self.p = dist.get_rank(), dist.get_world_size()
         self.names = {p: name for name, p in model.named_parameters()}  # a tied parameter comes once
-        stages, self.others, self.stages_of = split(model, self.p), [], {}
+        stages, self.others, self.stages_of = split(model, self.p), {}, {}  # {name: layer}, {tensor: its stages}
         for s, stage in enumerate(stages):
-            self.others += [(*name.rpartition(".")[::2], module) for name, module in stage.items() if s != self.stage]
-            for t in {t: None for module in stage.values() for t in (*module.parameters(), *module.buffers())}:
-                self.stages_of.setdefault(t, []).append(s)  # two stages for a tied table
+            self.others |= stage if s != self.stage else {}
+            for t in dict.fromkeys(t for layer in stage.values() for t in (*layer.parameters(), *layer.buffers())):
+                self.stages_of.setdefault(t, []).append(s)
         for p, name in self.names.items():
             if (found := self.stages_of.get(p, [])) != [0, self.p - 1] and len(found) != 1:
                 raise Error(f"{name} is in stages {found}: it must be in one, or in the first and the last")
@@ -216,8 +216,8 @@ class Pipeline:
             if self.stage not in stages:
                 t.data = t.new_empty(t.shape)
             broadcast(t, stages[0])
-        for parent, child, module in self.others:
-            setattr(self.model.get_submodule(parent), child, module.train(self.model.training))
+        for name, layer in self.others.items():
+            replace(self.model, name, layer.train(self.model.training))
         self.may_call = True
         try:
             yield self.model
@@ -227,8 +227,8 @@ class Pipeline:
 
     def take_away(self):
         """Keeps this stage's layers. Those of others are skipped, and each of their tensors shrinks to one number."""
-        for parent, child, _ in self.others:
-            setattr(self.model.get_submodule(parent), child, Skip())
+        for name in self.others:
+            replace(self.model, name, Skip())
         for t, stages in self.stages_of.items():
             if self.stage not in stages:
                 t.data = t.new_zeros(()).expand(t.shape)
@@ -280,7 +280,7 @@ class Pipeline:
                 raise RuntimeError(f"rank {self.stage} waits for rank {message[2]}, which died or hangs: {e}") from None
 
     def timeline(self):
-        """[[(what, i, start, end), ...] of each stage] of the last step, by each rank's own clock; on rank 0."""
+        """[[(what, i, start, end), ...] of each stage] of the last step, by its own clock; on rank 0."""
         stages = [None] * self.p if self.stage == 0 else None
         dist.gather_object(self.events, stages)
         return stages
@@ -353,6 +353,11 @@ def cost(module):
     """The weights of its matrices, as the time is proportional to them."""
     quantized = [m.in_features * m.out_features for m in module.modules() if "weight" in m._buffers]
     return sum(quantized) + sum(p.numel() for p in module.parameters() if p.dim() > 1)
+
+
+def replace(model, name, layer):
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
 
 
 def broadcast(tensor, source):

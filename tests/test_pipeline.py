@@ -72,6 +72,8 @@ def model_of(kind, dtype=torch.float64, seed=0):
                 nn.init.normal_(p, std=0.1)
     if kind == "qlora":  # it quantizes fp32, fp16 and bf16
         model = qlora.add_qlora(model.float(), r=3)
+        for p in model.parameters():  # not the scales, which are buffers
+            p.data = p.data.to(dtype)
     return model
 
 
@@ -109,10 +111,12 @@ def train(kind, m, schedule, steps=20, clip=None, dtype="float64", cls="torch", 
     pipe, losses, norms = Pipeline(model, optimizer, schedule=schedule), [], []
     if start is not None:
         pipe.load_state_dict(start)
+        before = pickle.dumps(start)
     for step in range(first, first + steps):
         losses.append(pipe.backward(batches_of(step, m)))
         norms.append(pipe.step(clip))
     state = pipe.state_dict()
+    assert start is None or before == pickle.dumps(start)  # what was loaded was copied
     with pipe.whole():
         return losses, norms, trained(model), state
 
@@ -193,7 +197,7 @@ def elements():
     def count_them():
         counts.append(sum(t.untyped_storage().size() // 8 for t in {*model.parameters(), *kept}))
 
-    kept = [t for *_, m in pipe.others for t in m.parameters()]
+    kept = [t for m in pipe.others.values() for t in m.parameters()]
     count_them()
     with pipe.whole():
         count_them()
@@ -304,6 +308,7 @@ class Network:
     def post(self, message):
         work = SimpleNamespace(done=False, by=self.local.rank, message=message, wait=lambda: self.wait(work))
         with self.lock:
+            assert all(w.message[:4] != message[:4] for w in self.posted), "two messages are on their way at once"
             self.posted.append(work)
             while pair := self.meeting():
                 pair[1].message[4].copy_(pair[0].message[4].detach())
@@ -541,7 +546,7 @@ def test_balance_of_gpt2():
 @given(costs=st.lists(st.integers(1, 9), min_size=1, max_size=8), p=st.integers(1, 8))
 @settings(deadline=None, max_examples=50)
 def test_partition(costs, p):
-    """No other cut makes the slowest stage faster; among those that make it as fast, the next slowest is the fastest."""
+    """No other cut makes the slowest stage faster; of those that make it as fast, the next slowest is the fastest."""
     p = min(p, len(costs))
 
     def stages(cuts):
@@ -566,12 +571,14 @@ def gradients_alone(kind, m):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, loss
 
 
-@pytest.mark.parametrize("in_order", [False, True], ids=["gloo", "nccl"])
-def test_no_schedule_deadlocks(in_order):
+@pytest.mark.parametrize("in_order, every", [
+    (False, EVERY), (True, [(2, 2, "1f1b"), (4, 6, "1f1b")]), pytest.param(True, EVERY, marks=thorough)
+], ids=["gloo", "nccl", "nccl, all"])  # fmt: skip
+def test_no_schedule_deadlocks(in_order, every):
     """Every schedule with p up to 4 and m up to 8 runs to its end where a send waits for its receive, and where a
     rank's messages start one after the other; its gradients are those of one process."""
-    model, expected = model_of("full"), {m: gradients_alone("full", m) for m in range(1, 9)}
-    for p, m, schedule in EVERY:
+    model, expected = model_of("full"), {m: gradients_alone("full", m) for _, m, _ in every}
+    for p, m, schedule in every:
         grads, loss = gradients(model, p, m, schedule, in_order=in_order)
         assert loss == pytest.approx(expected[m][1], rel=1e-12) and largest(grads, expected[m][0]) < 1e-13
 
@@ -603,8 +610,8 @@ def largest(one, other):
     return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
 
 
-def assert_equal(results, expected, tolerance=1e-12):
-    losses, norms, params = expected
+def assert_equal(results, expected):
+    (losses, norms, params), tolerance = expected, 1e-12
     for found in results:
         assert found[0] == pytest.approx(losses, rel=tolerance)
         assert found[1] == pytest.approx(norms, rel=tolerance)
@@ -632,8 +639,7 @@ KINDS = [("lora", 3), *(pytest.param(kind, p, marks=thorough) for kind, p in (
 @pytest.mark.parametrize("kind, p", KINDS, ids=str)
 def test_kinds_of_models(ranks, kind, p):
     """The same with LoRA, a frozen first stage, an untied head, a 4-bit base, and transformers' GPT-2 and Llama."""
-    tolerance = 1e-5 if kind == "qlora" else 1e-12
-    assert_equal(ranks.job(p, "train", kind, 3, "1f1b", clip=0.1), alone(kind, 3, clip=0.1), tolerance)
+    assert_equal(ranks.job(p, "train", kind, 3, "1f1b", clip=0.1), alone(kind, 3, clip=0.1))
 
 
 @thorough
@@ -665,6 +671,7 @@ def test_live_activations(ranks, schedule):
     for s, peaks in enumerate(ranks.job(4, "activations", ms, schedule)):
         alive = [m if schedule == "gpipe" else min(m, 4 - s) for m in ms]
         assert peaks == [peaks[0] * n for n in alive]
+    assert peaks[0] > 8 * SHAPE["vocab_size"] * SHAPE["n_embd"]  # on the last stage the head's gradient is among them
 
 
 def test_messages(ranks):
@@ -715,8 +722,9 @@ def test_resume_with_another_number_of_stages(ranks, cls):
         for step in (3, 4, 5):
             for batch in (batches := batches_of(step, 2)):
                 engine.backward(model(**batch).loss * (count(batch) / sum(map(count, batches))))
-            engine.step(math.inf, 1.0)
-        assert largest(trained(model), expected) < 1e-6  # its norm is in fp32; without clipping only 1e-12
+            engine.optimizer.step()  # its own step() takes no fp64
+            engine.optimizer.zero_grad()
+        assert largest(trained(model), expected) < 1e-12
         again = ranks.job(4, "train", "full", 2, "1f1b", steps=0, cls=cls, start=engine.state_dict())
         assert largest(again[0][2], trained(model)) == 0
 
@@ -746,7 +754,8 @@ def test_whole(ranks):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_measured_bubble(ranks, schedule):
-    """On ranks whose blocks sleep the measured bubble is the formula's within a tenth, and the ranks' clocks agree: no stage starts a micro-batch before the stage before it is done."""
+    """On ranks whose blocks sleep the measured bubble is the formula's within a tenth, every action of the
+    schedule is in the timeline, and the ranks' clocks agree: no forward starts before that of the stage before."""
     p, m = 4, 8
     for _ in range(8):  # on a busy machine one run in some must show it
         timeline, *others = ranks.job(p, "sleeping", schedule, m, 0.03)
@@ -798,8 +807,8 @@ def test_refuses_what_cannot_be_divided():
         with pytest.raises(Error, match="^a pipeline takes models of the type gpt2 or llama, not a P[a-zA-Z]*$"):
             pipeline.split(wrapper(model_of("full"), n_tokens=2), 2)
     for change, message in (
-        (lambda model: setattr(model, "extra", nn.Linear(2, 2)), r"^extra.weight is in stages \[\]: it must be in one, or"),
-        (lambda model: setattr(model.transformer.h, "1", model.transformer.h[0]), r"is in stages \[0, 1\]: it must be in"),
+        (lambda model: setattr(model, "extra", nn.Linear(2, 2)), r"^extra.weight is in stages \[\]: it must be in one"),
+        (lambda model: setattr(model.transformer.h, "1", model.transformer.h[0]), r"in stages \[0, 1\]: it"),
     ):
         changed = model_of("full")
         change(changed)
