@@ -65,15 +65,17 @@ def model_of(kind, dtype=torch.float64, seed=0):
     model = gpt.GPT(**SHAPE).to(dtype)
     if kind == "untied":
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() * 0.9)
-    if kind in ("lora", "lora top"):
-        lora.add_lora(model, r=3) if kind == "lora" else lora.add_lora(model, ["h.2.mlp.c_fc"], r=3)
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(p, std=0.1)
+    if kind == "lora":
+        lora.add_lora(model, r=3)
+    if kind == "lora top":
+        lora.add_lora(model, ["h.2.mlp.c_fc"], r=3)
     if kind == "qlora":  # it quantizes fp32, fp16 and bf16
         model = qlora.add_qlora(model.float(), r=3)
         for p in model.parameters():  # not the scales, which are buffers
             p.data = p.data.to(dtype)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.1)
     return model
 
 
@@ -327,8 +329,8 @@ class Network:
             firsts.setdefault(queue, w)
         firsts = {(*w.message[:4],): w for w in firsts.values()}
         for (what, *rest), w in firsts.items():
-            if what == "send" and ("receive", *rest) in firsts:
-                return w, firsts["receive", *rest]
+            if what == "send" and (other := firsts.get(("receive", *rest))):
+                return w, other
 
     def wait(self, work):
         with self.lock:
