@@ -7,7 +7,7 @@ one stage busy and p - 1 waiting. So the batch is cut into m micro-batches, and 
 stage 1 has the first. Gradients add up over all m, and then each stage updates its own parameters. This is gradient
 accumulation, so the result is that of one process.
 
-A step of p = 4 stages and m = 8 micro-batches, a to h. abc forward, ABC backward (twice the time), . waiting:
+A step of p = 4 stages and m = 8 micro-batches. a to h: their forward, A to H: their backward, twice as long, . waiting:
 
     GPipe: all forwards, then all backwards      alive    1F1B: one forward, one backward              alive
     stage 0  abcdefgh.........AABBCCDDEEFFGGHH   8        stage 0  abcd......AAeBBfCCgDDhEE.FF.GG.HH   4
@@ -17,7 +17,7 @@ A step of p = 4 stages and m = 8 micro-batches, a to h. abc forward, ABC backwar
 
 Bubble: the pipeline fills and drains. A stage works for m turns and waits for p - 1, which is (p - 1) / (m + p - 1) of
 the time: 27 % here, 9 % with m = 32. Megatron's (p - 1) / m is the same bubble as a share of the work. The cure is more
-micro-batches, 4p or more, until they are too small to use the hardware well.
+micro-batches (GPipe: 4p or more), as long as they are large enough to use the hardware well.
 
 1F1B saves memory, not time. A micro-batch's activations are alive from its forward to its backward. GPipe keeps those
 of all m. In 1F1B a stage starts with one forward for each stage after it; from then on each forward is followed by the
@@ -35,18 +35,18 @@ of 48 messages, 37.7 MB a step. A tied table is on the first and the last stage,
 V·d numbers, 154 MB, four times all else; none if it is frozen, as in LoRA. Tensor parallelism sends B·T·d numbers four
 times in each layer, all-reduced; ZeRO 2 or 3 times all parameters, whatever the batch. A pipeline sends the least.
 
-Deadlock: a send of gloo ends when the other side receives. In 1F1B stage s sends an activation while s + 1 sends it a
-gradient; if both wait for their send to end, they wait forever. So a send is started (isend) and the stage goes on.
-A receive then waits only for what its neighbour does earlier in the schedule, and there is no circle.
+Deadlock: in gloo a send ends when the other side receives. In 1F1B stage s sends an activation while s + 1 sends it a
+gradient; if both wait for their send to end, they wait forever. So a send is only started (isend), and the stage goes
+on. It waits for it before its next send in the same direction; by then the neighbour has had to receive it.
 
 When to use it: the model does not fit one device, links are slow (between nodes), and there are micro-batches enough.
 If only optimizer state or gradients do not fit, ZeRO is simpler and has no bubble. Recomputation goes with both.
 
-3D parallelism: t · p · n ranks as a grid. Tensor parallelism is innermost, for each layer waits for its all-reduces: it
+3D parallelism: t · p · n ranks form a grid. Tensor parallelism is innermost, for each layer waits for its all-reduces: it
 stays inside a node. The pipeline crosses nodes: one message a micro-batch, between ranks of the same place in the grid.
 Data parallelism is outermost: n copies of all this, and stage s of one copy adds its gradients to those of stage s of
 the others, once a step. ZeRO stage 1 fits in here. Stage 2 would send the gradients after each micro-batch, and stage 3
-would gather the parameters for each forward and each backward: m times the traffic.
+would gather the parameters for each forward and each backward, so their traffic would grow with m.
 
 Pitfalls
 * The loss is divided by the labelled tokens of all m: a mean of means is another loss. backward() does it.
