@@ -37,15 +37,15 @@ times in each layer, all-reduced; ZeRO 2 or 3 times all parameters, whatever the
 
 Deadlock: in gloo a send ends when the other side receives. In 1F1B stage s sends an activation while s + 1 sends it a
 gradient; if both wait for their send to end, they wait forever. So a send is only started (isend), and the stage goes
-on. It waits for it before its next send in the same direction; by then the neighbour has had to receive it.
+on. Before the next one in the same direction it waits for this one: to receive it the neighbour needs no other.
 
 When to use it: the model does not fit one device, links are slow (between nodes), and there are micro-batches enough.
 If only optimizer state or gradients do not fit, ZeRO is simpler and has no bubble. Recomputation goes with both.
 
-3D parallelism: t · p · n ranks form a grid. Tensor parallelism is innermost, for each layer waits for its all-reduces: it
-stays inside a node. The pipeline crosses nodes: one message a micro-batch, between ranks of the same place in the grid.
-Data parallelism is outermost: n copies of all this, and stage s of one copy adds its gradients to those of stage s of
-the others, once a step. ZeRO stage 1 fits in here. Stage 2 would send the gradients after each micro-batch, and stage 3
+3D parallelism: t · p · n ranks form a grid. Tensor parallelism is innermost, inside a node, since each layer waits
+for its all-reduces. The pipeline crosses nodes: each of the t ranks of a stage sends to the one rank of the next stage
+that has the same part of the layers. Data parallelism is outermost: n copies of all this add up their gradients once a
+step, stage s with stage s. ZeRO stage 1 fits in here. Stage 2 would send the gradients after each micro-batch, stage 3
 would gather the parameters for each forward and each backward, so their traffic would grow with m.
 
 Pitfalls
@@ -54,8 +54,8 @@ Pitfalls
 * GPT's loss in chunks makes the head's gradient in forward. In GPipe the last stage keeps m of them, in 1F1B one.
 * Each rank needs the same batches: masks and labels are not sent. Dropout draws other numbers than one process does.
 
-Papers: GPipe, arXiv 1811.06965, section 2.3; PipeDream, 1806.03377 (1F1B); Megatron, 2104.04473, section 2.2
-(1F1B with a flush, interleaving, 3D); zero bubble, 2401.10241. The whole family in one table: nanopeft/__init__.py
+Papers: GPipe, arXiv 1811.06965, section 2.3; PipeDream, 1806.03377 (1F1B); Megatron, 2104.04473, sections 2.2 (1F1B
+with a flush, interleaving) and 3 (3D); zero bubble, 2401.10241. The whole family in one table: nanopeft/__init__.py
 """
 
 import functools

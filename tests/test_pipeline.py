@@ -765,7 +765,7 @@ def test_whole(ranks):
 # ------------------------------------------------------------------------------------------------------------ timeline
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("gpipe", marks=thorough)])
 def test_measured_bubble(ranks, schedule):
     """On ranks whose blocks sleep the measured bubble is the formula's within a tenth, every action of the
     schedule is in the timeline, and the ranks' clocks agree: no forward starts before that of the stage before."""
