@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: MIT
+"""Tensor parallelism: each large matrix is split over t ranks, and every rank computes its part of each product.
+
+All ranks read the same batch: n tokens, x (n, d). W is (out, in), y = x Wᵀ + b, and rank i keeps a part W_i. H heads,
+L layers, V tokens in the vocabulary, Ψ parameters; LoRA has rank r and scaling s.
+
+    column-parallel   y_i = f(x) W_iᵀ + b_i    W_i (out/t, in): outputs are split, so y is in t parts
+    row-parallel      y = g(x_i W_iᵀ) + b      W_i (out, in/t): inputs are split, so x is in t parts, and y is a sum
+
+         forward                          backward
+    f    nothing: x goes to t products    all-reduce: dx = Σ dy_i W_i
+    g    all-reduce: y = Σ x_i W_iᵀ       nothing: each part of a sum has the gradient of the sum
+
+("Column" is Megatron's word: it writes y = x A, and A = Wᵀ is split by columns.) An MLP on two ranks:
+
+    x (n, d) ── f ─┬─ W_1 (2d, d) ── (n, 2d) ── gelu ── V_1 (d, 2d) ── (n, d) ─┬─ g ── + b ── y (n, d)
+                   └─ W_2 (2d, d) ── (n, 2d) ── gelu ── V_2 (d, 2d) ── (n, d) ─┘
+
+Why column, then row: rank i has its hidden numbers complete, GELU needs no more, and V_i needs just these. So nothing
+is sent between the two. If W were row-parallel, each rank would have a part of a sum there, and gelu(a + b) is not
+gelu(a) + gelu(b): an all-reduce of 4 n d numbers would come first. b is added after g, or it would be added t times.
+
+Attention: q, k and v are column-parallel by heads, so rank i computes H/t heads alone; the output projection is
+row-parallel. GPT-2's c_attn is q, k and v in one matrix: each of them is split. t must divide the heads, of k and v
+too. Other sizes are padded with zeros (GPT-2's V = 50257 = 29 · 1733); logits of padding are masked with -inf.
+Norms, position embeddings and b are replicated: all ranks compute the same with them and get the same gradient, so they
+stay equal, to the bit, though nothing is sent.
+
+Vocabulary: the embedding is row-parallel on one-hot vectors: rank i looks up its V/t tokens, others give 0, g adds. The
+head is column-parallel, z_i (n, V/t). Cross-entropy sends 3 n numbers; to gather all logits would take n V:
+    M = max z     S = Σ exp(z - M)     P = z[label] - M, from the rank that has it     loss = log S - P
+    dz_i = exp(z_i - M) / S - onehot(label)
+
+LoRA: the factor on W's split side is split as W is, the other is whole. So ΔW_i is local, and a merge sends nothing:
+    column   ΔW_i = s · B_i A     A (r, in) whole    B_i (out/t, r)    trained on each rank: r (in + out/t)
+    row      ΔW_i = s · B A_i     A_i (r, in/t)      B (out, r) whole                        r (in/t + out)
+f and g of the layer serve x ΔW_iᵀ too. But each rank has only a part of the whole factor's gradient. If the parts are
+not summed, its copies drift apart. A hook sums them: r · d numbers in backward. Or, as in peft, f is on x Aᵀ and g on
+x_i A_iᵀ: n · r numbers, fewer if n < d, but g's are in forward. Both are few beside the layer's n · d.
+LoRA's dropout: x needs one mask on all ranks, x_i its own. All draw the mask for every input, and take their part.
+
+What is sent: a layer has 4 all-reduces of n d numbers, f and g of attention and MLP, 2 in forward, 2 in backward. The
+embedding's g and the head's f add 2. A rank sends 2 (t - 1) / t times the numbers of an all-reduce.
+    GPT-2 small, n = 256: n d = 196,608; 50 all-reduces, 39.3 MB in fp32
+    7B (L = 32, d = 4096), n = 4096, t = 8, 16 bits: 7.6 GB, which take 17 ms at 450 GB/s (NVLink), 0.31 s at 25 GB/s,
+    while the rank computes for 51 ms (6 · 6.7e9 · n FLOPs / 8 at 400e12 a second)
+The next product waits for the sum, so nothing hides. Hence: inside a node, t up to 8. Parameters, gradients, optimizer
+state, logits and what is inside attention and MLP become 1/t. x and the norms' activations stay whole; sequence
+parallelism splits them too, with all-gather for f and reduce-scatter for g, which send as much.
+
+                splits             sends                            limited by
+    ZeRO        storage, batch     2Ψ or 3Ψ a step, hides           whole activations; each rank needs its own data
+    pipeline    layers             n d per boundary, little         the bubble: needs many micro-batches
+    tensor      each product       4 n d per layer, never hides     fast links; t divides the heads
+When: a layer or its activations are too large for one device, or a small batch must be fast, as in generation, for all
+ranks work on each token. If ZeRO fits and the batch is large, ZeRO is simpler and mostly faster.
+3D: who sends most is innermost. Tensor inside a node, pipeline over nodes, data parallelism (with ZeRO 1) outermost:
+rank = (data · stages + stage) · t + i, so a tensor group is t neighbours.
+
+Pitfalls
+* An all-reduce that autograd differentiates sums in backward again: t times the gradient, as all ranks have the loss.
+* All ranks of a group need the same batch, random state (shard() takes rank 0's) and calls, or they drift or hang.
+* Clip with clip_grad_norm: squares of split parameters are summed over ranks, those of replicated ones counted once.
+* shard() comes after adapters are added and parameters frozen. Recomputation sends forward's all-reduces once more.
+* Attention weights are dropped (transformers' GPT-2 does it in training) by the same mask on each rank's first head.
+Papers: Megatron-LM, arXiv 1909.08053, section 3; sequence parallelism, 2205.05198; 3D parallelism, 2104.04473.
+The whole family in one table: nanopeft/__init__.py
+"""
+
+import functools
+import math
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class Error(ValueError):
+    """Wrong use of tensor parallelism; the message says what would be right."""
+
+
+def all_reduce(x, group, op=dist.ReduceOp.SUM):
+    """The sum, or the maximum, of all ranks' x, in a new tensor: autograd may still use x."""
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, op, group)
+    return x
+
+
+class Copy(torch.autograd.Function):
+    """f: x goes into the products of t ranks, so its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return all_reduce(dy, ctx.group), None
+
+
+class Reduce(torch.autograd.Function):
+    """g: the sum of t parts."""
+
+    @staticmethod
+    def forward(ctx, part, group):
+        return all_reduce(part, group)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, None
+
+
+f, g = Copy.apply, Reduce.apply
+
+
+class ColumnParallelLinear(nn.Linear):
+    """y_i = f(x) W_iᵀ + b_i: nn.Linear with fewer outputs. f is at the norm before, once for q, k and v."""
+
+
+class RowParallelLinear(nn.Linear):
+    """y = g(x_i W_iᵀ) + b. add_parts is a hook on this layer, or on LoRA around it, whose part is then in the sum."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight)  # (..., in/t) -> (..., out), one of t parts
+
+    def add_parts(self, module, args, part):
+        y = g(part, self.group)
+        return y if self.bias is None else y + self.bias
+
+
+class VocabParallelEmbedding(nn.Embedding):
+    """x = g(E_i[ids]), E_i (V/t, d) of the tokens first, first + 1, ..."""
+
+    def forward(self, ids):
+        ids = ids - self.first
+        own = (ids >= 0) & (ids < len(self.weight))
+        x = F.embedding(ids * own, self.weight, self.padding_idx)
+        return g(x.masked_fill(~own[..., None], 0), self.group)  # (B, T, d)
+
+
+def parallel_attention(attn, x, mask=None, cache=None):
+    """gpt.Attention's forward on H/t heads. There q, k and v are as wide as x, here d/t."""
+    B, T, _ = x.shape
+    q, k, v = attn.c_attn(x).view(B, T, 3, attn.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H/t, T, h) each
+    if cache is not None:
+        k, v = cache.update(k, v, attn.layer)  # (B, H/t, S, h)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)  # (B, H/t, T, h)
+    return attn.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, d/t) -> (B, T, d)
+
+
+class VocabParallelHead(nn.Linear):
+    """z_i = f(x) W_iᵀ, W_i (V/t, d). Returns the loss if the model has labels; if not, all logits, to generate."""
+
+    def take_labels(self, model, args, kwargs):  # before the model's forward
+        self.labels = kwargs.pop("labels", None)  # (B, T)
+        return args, kwargs
+
+    def forward(self, x):
+        x, V = f(x, self.group), self.weight.shard.shape[0]
+        if self.labels is None:
+            z = F.linear(x, self.weight)  # (B, T, V/t)
+            after = self.weight.shard.order.numel() - self.first - z.size(-1)
+            return g(F.pad(z, (self.first, after)), self.group)[..., :V]  # (B, T, V): other ranks add 0
+        scored = self.labels[:, 1:] != -100  # x[t] is scored on labels[t + 1]
+        z = F.linear(x[:, :-1][scored], self.weight)  # (n, V/t)
+        z[:, max(0, V - self.first) :] = -math.inf  # padding of the vocabulary
+        loss = VocabParallelCrossEntropy.apply(z, self.labels[:, 1:][scored], self.first, self.group)
+        return loss.sum() / scored.sum().clamp(min=1)
+
+    def give_loss(self, model, args, out):  # after it: the loss is where the model expects logits
+        return out if self.labels is None else type(out)(loss=out.logits, past_key_values=out.past_key_values)
+
+
+class VocabParallelCrossEntropy(torch.autograd.Function):
+    """Loss (n,) from z (n, V/t), the logits of tokens first, first + 1, ..."""
+
+    @staticmethod
+    def forward(ctx, z, labels, first, group):
+        ctx.dtype, z = z.dtype, z.to(torch.promote_types(z.dtype, torch.float32))
+        z = z - all_reduce(z.amax(-1), group, dist.ReduceOp.MAX)[:, None]  # z - M: exp does not overflow
+        own = (labels >= first) & (labels < first + z.size(1))
+        column = ((labels - first) * own)[:, None]  # (n, 1)
+        P = z.gather(1, column)[:, 0].where(own, 0)
+        S, P = all_reduce(torch.stack((z.exp_().sum(-1), P)), group)  # (n,) each
+        dz = z.div_(S[:, None]).scatter_add_(1, column, -own[:, None].to(z.dtype))  # exp(z - M) / S - onehot(label)
+        ctx.save_for_backward(dz)
+        return S.log() - P
+
+    @staticmethod
+    def backward(ctx, dloss):
+        return (dloss[:, None] * ctx.saved_tensors[0]).to(ctx.dtype), None, None, None
+
+
+def row_parallel_dropout(dropout, A, x):
+    """Dropout of LoRA's x_i (..., in/t): all ranks draw the mask for every input, and take their part of it."""
+    mask = F.dropout(x.new_ones(x[..., 0].numel(), A.shard.size), dropout.p, dropout.training)  # (n, in)
+    return x * part(A, mask).view(x.shape)
+
+
+# ----------------------------------------------------------------------------------------------------------------- use
+
+@torch.no_grad()
+def shard(model, group=None):
+    """Splits the model over the ranks of a group, in place, and returns it. Error, with nothing changed, if it cannot.
+
+    Rank 0's parameters and random state count. From then on all ranks call the model alike: with labels for the loss,
+    without for the logits. Names of parameters stay. Any element-wise optimizer trains them (Adam, SGD; not Muon)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise Error("no process group: start with torchrun --nproc_per_node N, and call init_process_group first")
+    group = group or dist.group.WORLD
+    t, device = dist.get_world_size(group), next(model.parameters()).device
+    layers = find_layers(model, t)
+    random = torch if device.type == "cpu" else torch.get_device_module(device)
+    state = random.get_rng_state().to(device)
+    for x in [*model.parameters(), *model.buffers(), state]:
+        dist.broadcast(x.data, dist.get_global_rank(group, 0), group)
+    random.set_rng_state(state.cpu())
+    for parent, child, outer, layer, kind in layers:  # outer: LoRA around the layer, or the layer
+        if kind is None:  # the norm before attention or MLP
+            layer.register_forward_hook(lambda module, args, x: f(x, group))
+            continue
+        dim, blocks = int(kind is RowParallelLinear), 3 if child == "c_attn" else 1  # q, k and v
+        weight = split(layer.weight, group, dim, blocks, conv1d=type(layer).__name__ == "Conv1D")
+        new = kind(*weight.shape[:: 1 if kind is VocabParallelEmbedding else -1], device="meta")
+        new.weight, new.group, new.first = weight, group, dist.get_rank(group) * len(weight)
+        new.bias = split(layer.bias, group, 0, blocks) if kind is ColumnParallelLinear else getattr(layer, "bias", None)
+        if getattr(layer, "padding_idx", None) in range(new.first, new.first + len(weight)):
+            new.padding_idx = layer.padding_idx - new.first
+        if outer is layer:
+            setattr(parent, child, new)
+        else:
+            outer.base_layer = new
+            factor, whole = (outer.lora_A, outer.lora_B) if dim else (outer.lora_B, outer.lora_A)
+            split(factor, group, dim, blocks)
+            if whole.requires_grad:
+                whole.register_hook(lambda grad: all_reduce(grad, group))
+            if dim:
+                outer.dropout.forward = functools.partial(row_parallel_dropout, outer.dropout, factor)
+        if dim:
+            getattr(parent, child).register_forward_hook(new.add_parts)
+        if child == "c_attn":
+            for name in {"n_head", "num_heads", "split_size"} & vars(parent).keys():  # of our GPT, or transformers'
+                setattr(parent, name, getattr(parent, name) // t)
+            if hasattr(parent, "n_head"):
+                parent.forward = functools.partial(parallel_attention, parent)
+    model.register_forward_pre_hook(model.lm_head.take_labels, with_kwargs=True)
+    model.register_forward_hook(model.lm_head.give_loss)
+    model.tensor_group = group
+    return model
+
+
+@torch.no_grad()
+def clip_grad_norm(model, max_norm=math.inf):
+    """Scales the gradients down to this norm, and returns the norm that they had. If it is not finite, they stay."""
+    params = [p for p in model.parameters() if p.grad is not None]
+    squares = torch.zeros(2, dtype=torch.float64, device=model.lm_head.weight.device)  # of replicated, of split ones
+    for p in params:
+        squares[int(hasattr(p, "shard"))] += sum(x.double().square().sum() for x in p.grad.flatten().split(1 << 18))
+    norm = (squares[0] + all_reduce(squares[1], model.tensor_group)).sqrt().item()
+    for p in params if max_norm < norm < math.inf else ():
+        p.grad.mul_(max_norm / (norm + 1e-6))
+    return norm
+
+
+def whole_state_dict(model):
+    """The state dict that one process has, on every rank. All ranks call this."""
+    return {name: gather(p) for name, p in model.state_dict(keep_vars=True).items()}
+
+
+@torch.no_grad()
+def load_whole_state_dict(model, state):
+    """The reverse, with the same state on every rank. If it does not fit: Error, and nothing is loaded."""
+    own = model.state_dict(keep_vars=True)
+    shapes = {name: p.shard.shape if hasattr(p, "shard") else p.shape for name, p in own.items()}
+    if wrong := [name for name in {**own, **state} if name not in state or shapes.get(name) != state[name].shape]:
+        raise Error(f"the checkpoint is of another model: {wrong[0]} does not fit")
+    for name, p in own.items():
+        p.copy_(part(p, state[name]))
+
+
+def part(p, whole):
+    """Rank i's part of the whole parameter, or of a tensor like it: Adam's m or v."""
+    if not hasattr(p, "shard"):
+        return whole
+    s, x = p.shard, whole.t() if p.shard.conv1d else whole
+    x = F.pad(x, (0, 0) * (x.dim() - 1 - s.dim) + (0, s.order.numel() - s.size))
+    return x.index_select(s.dim, s.order[dist.get_rank(s.group)].to(x.device))
+
+
+def gather(p, part=None):
+    """The whole parameter, or the whole of a tensor like it, on every rank."""
+    x = p.detach() if part is None else part
+    if not hasattr(p, "shard"):
+        return x
+    s, parts = p.shard, [torch.empty_like(x) for _ in p.shard.order]
+    dist.all_gather(parts, x.contiguous(), s.group)
+    x = torch.cat(parts, s.dim).index_select(s.dim, s.order.flatten().argsort()[: s.size].to(x.device))
+    return x.t().contiguous() if s.conv1d else x
+
+
+# ------------------------------------------------------------------------------------------------------------ plumbing
+
+def split(p, group, dim, blocks=1, conv1d=False):
+    """Leaves rank i's part in p, which stays the same object: for tied layers and the optimizer. Each of the blocks is
+    split on its own. conv1d: p is (in, out), as in transformers' Conv1D; dim is of (out, in), and so is the part."""
+    if p is not None and not hasattr(p, "shard"):
+        t, size = dist.get_world_size(group), p.size(1 - dim if conv1d else dim)
+        # (t, size/t): which numbers of this dimension each rank has. From size on they are padding
+        order = torch.arange(size + -size % t).view(blocks, t, -1).transpose(0, 1).reshape(t, -1)
+        p.shard = SimpleNamespace(shape=p.shape, size=size, dim=dim, order=order, conv1d=conv1d, group=group)
+        p.data, p.grad = part(p, p.data), None
+    return p
+
+
+FAMILIES = "gpt2", "llama", "mistral", "qwen2"
+SPLITTABLE = "Linear", "Conv1D", "Embedding", "LoRALinear over Linear", "LoRALinear over Conv1D"
+KINDS = {
+    **dict.fromkeys(("ln_1", "ln_2", "input_layernorm", "post_attention_layernorm")),  # f follows
+    **dict.fromkeys(("c_attn", "q_proj", "k_proj", "v_proj", "c_fc", "gate_proj", "up_proj"), ColumnParallelLinear),
+    **dict.fromkeys(("c_proj", "o_proj", "down_proj"), RowParallelLinear),
+    **dict.fromkeys(("wte", "embed_tokens"), VocabParallelEmbedding), "lm_head": VocabParallelHead,
+}  # fmt: skip
+
+
+def find_layers(model, t):
+    """[(module, name of its layer, LoRA around it or the layer, the layer, kind)]; Error if one cannot be split."""
+    config, layers = getattr(model, "config", None), []
+    if getattr(config, "model_type", None) not in FAMILIES or not hasattr(model, "lm_head"):
+        raise Error(f"shard() splits causal language models of the families {', '.join(FAMILIES)}, not this model")
+    for name in ("n_head", "num_attention_heads", "num_key_value_heads"):
+        if (n := getattr(config, name, t)) % t:
+            raise Error(f"{t} ranks cannot share {name} = {n}: take a number of ranks that divides it, no head is cut")
+    for path, parent in model.named_modules():
+        for child, outer in [(child, m) for child, m in parent._modules.items() if child in KINDS]:
+            kind, layer = KINDS[child], getattr(outer, "base_layer", outer)
+            what = " over ".join(type(m).__name__ for m in dict.fromkeys((outer, layer)))
+            if kind and (what not in SPLITTABLE or kind is VocabParallelHead and what != "Linear"):
+                splits = f"shard() splits {', '.join(SPLITTABLE)}, but no LoRA on the head"
+                raise Error(f"{path}.{child} is a {what}: {splits}".lstrip("."))
+            layers.append((parent, child, outer, layer, kind))
+    return layers
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    x, W, V = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 8), (32, 8), (8, 32)))
+    y, halves = F.gelu(x @ W.t()) @ V.t(), zip(W.chunk(2), V.chunk(2, 1), x.chunk(2, 1), W.chunk(2, 1))
+    two = [(F.gelu(x @ W_i.t()) @ V_i.t(), F.gelu(x_i @ W_r.t()) @ V.t()) for W_i, V_i, x_i, W_r in halves]
+    for name, parts in zip(("column, then row", "row without a sum before GELU"), zip(*two)):
+        print(f"MLP on two ranks, {name}: the sum of their parts is {(sum(parts) - y).abs().max():.0e} off")
