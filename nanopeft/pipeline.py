@@ -351,7 +351,7 @@ def split(model, p):
 
 def cost(module):
     """The weights of its matrices, as the time is proportional to them."""
-    quantized = [m.in_features * m.out_features for m in module.modules() if "weight" in m._buffers]
+    quantized = [m.in_features * m.out_features for m in module.modules() if hasattr(type(m), "dequantize")]
     return sum(quantized) + sum(p.numel() for p in module.parameters() if p.dim() > 1)
 
 

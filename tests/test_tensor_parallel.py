@@ -329,15 +329,9 @@ def fits(t, n_head, h, V, T, L, rows, kind, targets):
 # --------------------------------------------------------------------------------------------------------- processes
 
 
-class Ranks(test_zero.Ranks):
-    def start(self):
-        with mock.patch.object(test_zero, "__file__", __file__):  # the program that the processes run
-            super().start()
-
-
 @pytest.fixture(scope="module")
 def ranks():
-    pool = Ranks()
+    pool = test_zero.Ranks(__file__)
     yield pool
     pool.stop()
     pool.folder.cleanup()
