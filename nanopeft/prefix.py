@@ -119,7 +119,7 @@ class PrefixTuning(nn.Module):
         super().__init__()
         wrappers = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
         if any(isinstance(m, PrefixTuning) for m in model.modules()) or wrappers & model._modules.keys():
-            raise Error("the model has a prefix already, or is wrapped: wrap the plain model, then compile or parallelize")
+            raise Error("the model is wrapped, or has a prefix already: wrap the plain one, then compile or parallelize")
         headless = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None
         tables = [m for key, m in model.named_modules() if "position" in key and isinstance(m, nn.Embedding)]
         if headless or any(table.padding_idx is not None for table in tables):

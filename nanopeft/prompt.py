@@ -213,10 +213,10 @@ def check_model(model, n_tokens, least=1):
     if hasattr(model, "n_tokens") or wrappers & model._modules.keys():
         raise Error(f"the model is a {name} already: wrap the plain model, then compile or parallelize the result")
     headless = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None
-    offset = any("position" in key and getattr(m, "padding_idx", None) is not None for key, m in model.named_modules())
-    unlike = getattr(config, "is_encoder_decoder", False) or getattr(config, "hidden_size_per_layer_input", 0)
-    if headless or offset or unlike:
-        wrong = "has no head, is an encoder-decoder, reads ids in every layer, or counts positions from padding_idx on"
+    tables = [m for key, m in model.named_modules() if "position" in key and isinstance(m, nn.Embedding)]
+    other = getattr(config, "is_encoder_decoder", False) or getattr(config, "hidden_size_per_layer_input", 0)
+    if headless or other or any(table.padding_idx is not None for table in tables):
+        wrong = "is an encoder-decoder, has no head, reads ids in every layer, or counts positions from padding_idx on"
         raise Error(f"{name} {wrong}: take a causal LM")
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or math.inf
     if type(n_tokens) is not int or not least <= n_tokens < limit:
