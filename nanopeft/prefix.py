@@ -108,7 +108,7 @@ def gated_attention(q, K, V, P_K, P_V):
 
 
 class PrefixTuning(nn.Module):
-    """Freezes a causal LM, ours or Hugging Face's, and is called like it. P is fp32: cast before, compile after.
+    """Freezes a causal LM, ours or Hugging Face's, and is called like it. P is fp32: cast the LM before, compile after.
     The concatenation is the model's own: a layer that finds P_K and P_V in its KV cache puts K and V behind them.
     n_tokens: n. hidden: m, the width of the MLP that computes the prefix while training; None trains the prefix itself.
     init: "vocabulary" or n token ids, the model's own keys and values for n tokens, drawn from its vocabulary or given;
@@ -119,7 +119,7 @@ class PrefixTuning(nn.Module):
         super().__init__()
         wrappers = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
         if any(isinstance(m, PrefixTuning) for m in model.modules()) or wrappers & model._modules.keys():
-            raise Error("the model is wrapped, or has a prefix already: wrap the plain one, then compile or parallelize")
+            raise Error("the model is wrapped or has a prefix already: wrap the plain one, then compile or parallelize")
         headless = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None
         tables = [m for key, m in model.named_modules() if "position" in key and isinstance(m, nn.Embedding)]
         if headless or any(table.padding_idx is not None for table in tables):
@@ -130,7 +130,7 @@ class PrefixTuning(nn.Module):
         self.model, self.n_tokens, self.takes = model, n_tokens, set(inspect.signature(model.forward).parameters)
         self.cache_name = "past_key_values" if "past_key_values" in self.takes else "cache"  # from transformers 5.24 on
         check_call(self, n_tokens + 1)
-        V, drawn = len(model.get_input_embeddings().weight), isinstance(init, str) and init in ("vocabulary", "random")
+        V, drawn = len(model.get_input_embeddings().weight), init in ("vocabulary", "random")
         ids = torch.randint(V, (n_tokens,)) if drawn else torch.as_tensor([] if isinstance(init, str) else init)
         if ids.shape != (n_tokens,) or ids.is_floating_point() or not 0 <= ids.min() <= ids.max() < V:
             raise Error(f"init must be {n_tokens} token ids below {V}, vocabulary or random, not {init!r}")
@@ -263,7 +263,7 @@ def find_tuned(model):
     return next(m for m in model.modules() if isinstance(m, PrefixTuning))
 
 
-def check_call(tuned, end, position_ids=None):
+def check_call(tuned, end, position_ids=None):  # end: one after the last position
     model, n, config = tuned.model, tuned.n_tokens, getattr(tuned.model, "config", None)
     limit = getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None) or math.inf
     if end > limit and position_ids is not None:

@@ -36,7 +36,6 @@ Why learning rates are larger than LoRA's 1e-4: a step of Adam moves a number by
 weight is at risk. The paper takes 0.3 and ends far from all words: its released SST-2 prompt has a deviation of 52. So
 far is not always needed. In a small GPT-2 (6 layers, d = 256, words of RMS 0.083) 60 steps bring a loss of 4.25 to 4.12
 at 1e-4, to 3.87 at 1e-3, and to 3.78 to 3.82 at all rates from 3e-3 (P moves by 0.03) to 0.1 (P moves by 0.66).
-
 Typical: n = 20 to 100 (more gains little; at 11B even one token works). The paper: n = 100, Adafactor, constant 0.3,
 batch 32, 30,000 steps. Here: AdamW at 0.1 without weight decay, which would pull P to zero.
 
@@ -84,7 +83,8 @@ class PromptTuning(nn.Module):
         self.n_tokens = self.n_in_front = n_tokens
         embedding, init = model.get_input_embeddings(), init.tolist() if torch.is_tensor(init) else init
         V, drawn = len(embedding.weight), init in ("vocabulary", "random")
-        if not drawn and (isinstance(init, str) or not init or any(type(i) is not int or not 0 <= i < V for i in init)):
+        given = not isinstance(init, str) and init and all(type(i) is int and 0 <= i < V for i in init)
+        if not drawn and not given:
             raise Error(f"init: vocabulary, random or a list of at least one token id, 0 to {V - 1}, not {init!r}")
         ids = torch.randint(min(V, 5000), (n_tokens,)) if drawn else torch.tensor(init * n_tokens)[:n_tokens]
         with torch.no_grad():

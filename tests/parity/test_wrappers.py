@@ -404,12 +404,13 @@ def test_files_of_wrapped_models(kind, wrap, process_group, tmp_path):
 def test_a_wrapped_base_is_refused(kind, wrap, process_group):
     """A base that something wraps already is refused in one line, and is as it was; so is one in FSDP."""
     base = tiny()
-    with pytest.raises((prompt.Error, prefix.Error), match="already.*wrap the plain .*, then compile or parallelize") as caught:
+    message = "already: wrap the plain .*, then compile or parallelize"
+    with pytest.raises((prompt.Error, prefix.Error), match=message) as caught:
         WRAPPERS[kind](WRAPS[wrap](base), N)
     assert "\n" not in str(caught.value) and all(p.requires_grad for p in base.parameters())
     outer = tiny()
     outer._fsdp_wrapped_module = base  # the name that FSDP gives to what it wraps
-    with pytest.raises((prompt.Error, prefix.Error), match="already.*wrap the plain .*, then compile or parallelize"):
+    with pytest.raises((prompt.Error, prefix.Error), match=message):
         WRAPPERS[kind](outer, N)
 
 
