@@ -27,7 +27,6 @@ would only serve to compute its key and value in the next layer, and those are t
 Worked example: a query has scores 2, 1, 0 with three input tokens; exp gives 7.39 + 2.72 + 1 = 11.11. A virtual token
 with a key of zeros adds exp(0) = 1, so λ = 1 / 12.11 = 0.083. If its value is zero too, the output shrinks by 8.3 %.
 Twenty such tokens take 20 / 31.11 = 64 %: zero is no neutral prefix.
-
 Why start from real tokens? A neutral prefix would need λ near 0 for every query. But a score is linear in q: a key that
 scores low for q scores high for -q. And where λ is tiny, so is the gradient, which has λ as a factor. The model's own
 keys and values for n tokens disturb least: the model then does what it does after a prompt of these tokens. Loss of a
@@ -38,12 +37,10 @@ Why an MLP? The paper found direct training of P unstable and sensitive to learn
 shares W₁ and W₂ among all positions, and its m hidden numbers among all layers, so that they move together. Choose it
 to train generation on few examples, or when runs vary much. Leave it out otherwise: P-tuning v2 found that it harms
 some tasks. It is no compression, for it is usually larger than P. After training only P is stored.
-
 When to use it: for many tasks on one served model, since each row of a batch can have its own task's P in its row of
 the cache; or with few examples, where the paper finds it ahead of full fine-tuning. Not for the lowest loss, nor where
 context is scarce. The same small GPT-2 on Python's language reference, nats per token after 300 steps: untouched 3.889,
 prompt tuning 3.649, prefix-tuning 3.489 (both n = 20), LoRA 3.376.
-
 Cost:    2 n L w numbers stored. GPT-2 (L = 12, w = 768) at n = 20: 368,640, or 0.30 % of the model. Trained through an
          MLP of m = 512: 9,864,704, 27 times as many. Backward still runs through every layer of the frozen model.
          Inference: in each layer the KV cache is n positions longer (here 0.74 MB per row in 16 bits), each query has
@@ -63,8 +60,11 @@ Pitfalls:
   - A sliding window (Mistral, Gemma) slides past the prefix: in a longer text, later tokens no longer see it.
   - MPT measures distance in the cache, padding included: there a padded row differs from the row alone. Do not pad.
 Relatives, all in one table in nanopeft/__init__.py:
+  - Prompt tuning: n trained embeddings before the input. Every layer computes its keys and values from them.
+  - P-tuning v1: such embeddings anywhere in the input, computed by an LSTM or MLP.
   - P-tuning v2: this, mostly without the MLP, and with a classifier on top, for language understanding.
   - Adapters: new layers in series. The gated form is an adapter in parallel: bottleneck n, softmax as nonlinearity.
+  - LoRA: changes weights. Once merged it costs no time and no context.
 
 Papers: arXiv 2101.00190, eq. 3, section 4.3 (MLP); gated form 2110.04366, eq. 7-9; P-tuning v2 2110.07602, section 3.2
 """
@@ -80,9 +80,6 @@ import torch.nn as nn
 
 class Error(ValueError):
     """Wrong use of prefix-tuning; the message says what would be right."""
-
-
-# ------------------------------------------------------------------------------------------------------------ one head
 
 
 def scores(q, K):
@@ -110,13 +107,8 @@ def gated_attention(q, K, V, P_K, P_V):
     return (1 - gate) * (on_input.softmax(-1) @ V) + gate * (on_prefix.softmax(-1) @ P_V), gate
 
 
-# ---------------------------------------------------------------------------------------------------------- all layers
-
-
 class PrefixTuning(nn.Module):
-    """Freezes a causal LM, ours or Hugging Face's, and is called like it. Cast the model before, not after: P is fp32.
-    Compile or parallelize this module, not the model: torch.compile, DDP and the like around the model are taken off.
-
+    """Freezes a causal LM, ours or Hugging Face's, and is called like it. P is fp32: cast the LM before, compile after.
     The concatenation is the model's own: a layer that finds P_K and P_V in its KV cache puts K and V behind them.
     n_tokens: n. hidden: m, the width of the MLP that computes the prefix while training; None trains the prefix itself.
     init: "vocabulary" or n token ids, the model's own keys and values for n tokens, drawn from its vocabulary or given;
@@ -125,10 +117,23 @@ class PrefixTuning(nn.Module):
 
     def __init__(self, model, n_tokens=20, *, hidden=None, init="vocabulary"):
         super().__init__()
-        model = bare(model)
+        wrappers = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+        if any(isinstance(m, PrefixTuning) for m in model.modules()) or wrappers & model._modules.keys():
+            raise Error("the model is wrapped or has a prefix already: wrap the plain one, then compile or parallelize")
+        headless = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None
+        tables = [m for key, m in model.named_modules() if "position" in key and isinstance(m, nn.Embedding)]
+        if headless or any(table.padding_idx is not None for table in tables):
+            raise Error(f"{type(model).__name__} has no language model's head, or counts positions from padding_idx on")
+        for name, size in (("n_tokens", n_tokens), ("hidden", 1 if hidden is None else hidden)):
+            if type(size) is not int or size < 1:
+                raise Error(f"{name} must be a whole number of at least 1, not {size!r}")
         self.model, self.n_tokens, self.takes = model, n_tokens, set(inspect.signature(model.forward).parameters)
         self.cache_name = "past_key_values" if "past_key_values" in self.takes else "cache"  # from transformers 5.24 on
-        ids = check_arguments(self, hidden, init)
+        check_call(self, n_tokens + 1)
+        V, drawn = len(model.get_input_embeddings().weight), init in ("vocabulary", "random")
+        ids = torch.randint(V, (n_tokens,)) if drawn else torch.as_tensor([] if isinstance(init, str) else init)
+        if ids.shape != (n_tokens,) or ids.is_floating_point() or not 0 <= ids.min() <= ids.max() < V:
+            raise Error(f"init must be {n_tokens} token ids below {V}, vocabulary or random, not {init!r}")
         start, self.empty_cache = keys_and_values(model, ids, self.cache_name)  # (2 L, H, n, h)
         self.n_layer, self.n_head, self.head_dim = len(start) // 2, start.size(1), start.size(3)
         start = start.permute(2, 0, 1, 3).flatten(1).to(torch.promote_types(start.dtype, torch.float32))  # (n, 2 L w)
@@ -138,14 +143,13 @@ class PrefixTuning(nn.Module):
         else:
             w, like = self.n_head * self.head_dim, dict(dtype=start.dtype, device=start.device)
             self.E = nn.Parameter(torch.randn(n_tokens, w, **like))
-            layers = nn.Linear(w, hidden, **like), nn.Tanh(), nn.Linear(hidden, start.size(1), **like)
-            self.mlp = nn.Sequential(*layers)
+            W1, W2 = nn.Linear(w, hidden, **like), nn.Linear(hidden, start.size(1), **like)
+            self.mlp = nn.Sequential(W1, nn.Tanh(), W2)
             if init != "random":
                 fit_last_layer(self.mlp, self.E, start)
         model.requires_grad_(False)
 
-    def prefix(self):
-        """P (n, 2 L w)."""
+    def prefix(self):  # P (n, 2 L w)
         if self.mlp is None:
             return self.prompt_embeddings
         with torch.autocast(self.E.device.type, enabled=False):  # in full precision, as it is stored
@@ -161,10 +165,8 @@ class PrefixTuning(nn.Module):
 
     def forward(self, input_ids=None, *, attention_mask=None, position_ids=None, inputs_embeds=None,
                 past_key_values=None, labels=None, **options):  # fmt: skip
-        """The model's call and output. Masks, positions and labels are the input's: the prefix is added here.
-
-        Without past_key_values, or with an empty cache, the prefix comes first; a cache handed back holds it already.
-        """
+        """The model's call and output. Masks, positions and labels are the input's: the prefix is added here. It comes
+        first without past_key_values, or with an empty cache; a cache handed back holds it already."""
         if (input_ids is None) == (inputs_embeds is None):
             raise Error("give either input_ids or inputs_embeds")
         B, T = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
@@ -188,19 +190,15 @@ class PrefixTuning(nn.Module):
 
     def generate(self, input_ids, max_new_tokens=None, **options):
         """The model's own generate, with its options and defaults; lengths count input_ids and new tokens, not P."""
-        base = self.model
         if max_new_tokens is not None:
             options["max_new_tokens"] = max_new_tokens
-            mask = options.get("attention_mask")
-            T = input_ids.size(1) if mask is None else int(mask.sum(1).max())
-            check_call(self, self.n_tokens + T + max_new_tokens - 1)  # the last one is not read
-        if not hasattr(base, "generation_config"):  # our GPT's loop, run on `self`: forward adds the prefix
-            return type(base).generate(self, input_ids, **options)
-        # On a shallow copy, which shares the weights, and calls `self` where it would call the model
-        caller = copy.copy(base)
-        caller.forward = functools.wraps(base.forward)(lambda **inputs: self(**inputs))
+        if hasattr(self.model, "generation_config"):
+            options["use_cache"] = True  # which holds the prefix
+        # By a shallow copy, which shares the weights, and calls `self` where it would call the model
+        caller = copy.copy(self.model)
+        caller.forward = functools.wraps(self.model.forward)(lambda *args, **inputs: self(*args, **inputs))
         caller._forward_pre_hooks = caller._forward_hooks = {}  # `self` runs the model's own
-        return caller.generate(input_ids, **options | {"use_cache": True})
+        return caller.generate(input_ids, **options)
 
     def state_dict(self, *, prefix="", **options):
         """A tied weight is stored twice: transformers' Trainer saves by safetensors, which refuses shared memory."""
@@ -210,21 +208,17 @@ class PrefixTuning(nn.Module):
             state[key] = state[key].clone()
         return state
 
-    def __getattr__(self, name):  # what a training loop asks for; save_pretrained would leave out the prefix
+    def __getattr__(self, name):  # what Trainer asks for; save_pretrained would leave out P
         names = "config", "device", "loss_type", "activation_checkpointing_enable", "gradient_checkpointing_enable"
         return getattr(self.model, name) if name in names else super().__getattr__(name)
 
-    # Whether Trainer may give num_items_in_batch
     accepts_loss_kwargs = property(lambda self: getattr(self.model, "accepts_loss_kwargs", "kwargs" in self.takes))
-
-
-# ----------------------------------------------------------------------------------------------------------------- use
 
 
 @torch.no_grad()
 def fold_prefix(model):
     """Discards the reparametrization: P is computed once and kept, E and the MLP go. Without an MLP nothing changes."""
-    if (tuned := bare(model)).mlp is not None:
+    if (tuned := find_tuned(model)).mlp is not None:
         tuned.prompt_embeddings = nn.Parameter(tuned.prefix().clone())
         tuned.E = tuned.mlp = None
     return model
@@ -232,13 +226,13 @@ def fold_prefix(model):
 
 def prefix_state_dict(model):
     """P, from an MLP or not, under peft's name: the content of adapter_model.safetensors."""
-    return {"prompt_embeddings": bare(model).prefix().detach()}
+    return {"prompt_embeddings": find_tuned(model).prefix().detach()}
 
 
 @torch.no_grad()
 def load_prefix_state_dict(model, state):
     """Loads P into a PrefixTuning without an MLP. Error, with nothing loaded, if the two do not fit."""
-    model = bare(model)
+    model = find_tuned(model)
     if model.mlp is not None:
         raise Error("a file holds the prefix, from which no MLP can be found: fold_prefix(model) first")
     own, found = model.prompt_embeddings, state.get("prompt_embeddings", torch.empty(0))
@@ -250,7 +244,7 @@ def load_prefix_state_dict(model, state):
 
 def prefix_config(model):
     """The adapter_config.json that goes with it. In peft's words, the MLP is a "projection", and none is left."""
-    model = bare(model)
+    model = find_tuned(model)
     width = model.n_head * model.head_dim
     return dict(
         peft_type="PREFIX_TUNING", task_type="CAUSAL_LM", num_virtual_tokens=model.n_tokens, token_dim=width,
@@ -262,40 +256,14 @@ def prefix_config(model):
 # ------------------------------------------------------------------------------------------------------------ plumbing
 
 
-def bare(model):
-    """The model inside torch.compile, DDP, DataParallel, FSDP or a checkpoint wrapper, in any order."""
-    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    for name in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module" if parallel else None):
-        if name in model._modules:
-            return bare(model._modules[name])
+def find_tuned(model):
+    """The PrefixTuning inside whatever wraps it, such as torch.compile or DDP. Error if the parameters are not here."""
     if any(p.requires_grad and p.shape == (0,) for p in model.parameters()):
         raise Error("the parameters are sharded, and here have no elements: do this inside `with engine.whole():`")
-    return model
+    return next(m for m in model.modules() if isinstance(m, PrefixTuning))
 
 
-def check_arguments(tuned, hidden, init):
-    """The n token ids to start from."""
-    model, n = tuned.model, tuned.n_tokens
-    for name, size in (("n_tokens", n), ("hidden", 1 if hidden is None else hidden)):
-        if type(size) is not int or size < 1:
-            raise Error(f"{name} must be a whole number of at least 1, not {size!r}")
-    if any(isinstance(m, PrefixTuning) for m in model.modules()):
-        raise Error("the model has a prefix already: wrap the model inside it, or ask for more tokens")
-    tables = [m for name, m in model.named_modules() if "position" in name and isinstance(m, nn.Embedding)]
-    headless = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None
-    if headless or any(table.padding_idx is not None for table in tables):
-        raise Error(f"{type(model).__name__} has no language model's head, or counts positions from padding_idx on")
-    if isinstance(init, str) and init not in ("vocabulary", "random"):
-        raise Error(f"init must be vocabulary, random or {n} token ids, not {init!r}")
-    check_call(tuned, n + 1)
-    weight = model.get_input_embeddings().weight  # (V, d)
-    ids = torch.randint(len(weight), (n,)) if isinstance(init, str) else torch.as_tensor(init)
-    if ids.shape != (n,) or ids.is_floating_point() or not 0 <= ids.min() <= ids.max() < len(weight):
-        raise Error(f"init must be {n} token ids below {len(weight)}, not {init}")
-    return ids.to(weight.device)
-
-
-def check_call(tuned, end, position_ids=None):
+def check_call(tuned, end, position_ids=None):  # end: one after the last position
     model, n, config = tuned.model, tuned.n_tokens, getattr(tuned.model, "config", None)
     limit = getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None) or math.inf
     if end > limit and position_ids is not None:
@@ -312,6 +280,7 @@ def keys_and_values(model, ids, cache_name):
     """The keys and values of the tokens `ids` (n,) at positions 0 to n - 1, (2 L, H, n, h), and the cache's class."""
     training = [m for m in model.modules() if m.training]
     model.eval()  # without dropout
+    ids = ids.to(model.get_input_embeddings().weight.device)
     try:
         kind = type(model(input_ids=ids[None, :1], use_cache=True).past_key_values)
         cache = kind()  # made without a config it keeps what leaves a sliding window; a mask hides it

@@ -55,7 +55,9 @@ Pitfalls
 * Generated rows begin with the input's ids: drop pseudo_id, the V above, before decoding.
 * The encoder is not stored. After fold_ptuning or loading, training goes on with P itself, as in prompt tuning.
 
-The whole family, with prompt tuning, prefix-tuning and LoRA, in one table: nanopeft/__init__.py
+Compared with related methods: prompt tuning (prompt.py) trains P directly and puts it in front; prefix-tuning
+(prefix.py, for generation) and P-tuning v2 (for classification and tagging) train keys and values in every layer; LoRA
+(lora.py) changes the weights. The whole family in one table: nanopeft/__init__.py
 
 Papers: P-tuning (GPT Understands, Too), arXiv 2103.10385, section 3; P-tuning v2, arXiv 2110.07602.
 """
@@ -126,13 +128,17 @@ class PTuning(prompt.PromptTuning):
             n, least = len(apply_template(template, [], lambda text: [], None)), 0
             if n_tokens not in (None, n):
                 raise Error(f"the template has {n} virtual tokens, and n_tokens is {n_tokens}: leave it out")
-        model = prompt.bare(model)
         self.n_positions = prompt.check_model(model, n, least)
         weight = model.get_input_embeddings().weight
         V, d = weight.shape
         pseudo_id = V if pseudo_id is None and template is not None else pseudo_id
         hidden = (max(1, d // 2) if encoder == "lstm" else d) if hidden is None else hidden
-        check_arguments(encoder, hidden, layers, pseudo_id)
+        if encoder not in ("lstm", "mlp") or (encoder == "mlp" and layers != 2):
+            raise Error(f"encoder must be lstm, or mlp without layers, not {encoder!r} with layers={layers!r}")
+        if any(type(size) is not int or size < 1 for size in (hidden, layers)):
+            raise Error(f"hidden and layers must be whole numbers of at least 1, not {hidden!r} and {layers!r}")
+        if pseudo_id is not None and not (type(pseudo_id) is int and abs(pseudo_id) < 1 << 31):
+            raise Error(f"pseudo_id must be a token id, not {pseudo_id!r}")
         self.n_tokens, self.template, self.pseudo_id = n, template, pseudo_id
         self.n_in_front = n if pseudo_id is None else 0  # elsewhere input_ids has a place for each
         self.model = model.requires_grad_(False)
@@ -190,7 +196,7 @@ class PTuning(prompt.PromptTuning):
 @torch.no_grad()
 def fold_ptuning(model):
     """Evaluates the encoder once and discards it: what the model infers (under no_grad) is the same, bit for bit."""
-    if (tuned := prompt.bare(model)).encoder is not None:
+    if (tuned := prompt.find_tuned(model)).encoder is not None:
         tuned.prompt_embeddings, tuned.encoder = nn.Parameter(tuned.virtual_tokens().clone()), None
     return model
 
@@ -203,19 +209,7 @@ ptuning_config = prompt.prompt_config  # the adapter_config.json that goes with 
 def load_ptuning_state_dict(model, state):
     """The reverse, which leaves the model folded. Error, with nothing loaded, if the two do not fit."""
     P = prompt.fitting_prompt(model, state)
-    prompt.bare(fold_ptuning(model)).prompt_embeddings.copy_(P)
-
-
-# ------------------------------------------------------------------------------------------------------------ plumbing
-
-
-def check_arguments(encoder, hidden, layers, pseudo_id):
-    if encoder not in ("lstm", "mlp") or (encoder == "mlp" and layers != 2):
-        raise Error(f"encoder must be lstm, or mlp without layers, not {encoder!r} with layers={layers!r}")
-    if any(type(size) is not int or size < 1 for size in (hidden, layers)):
-        raise Error(f"hidden and layers must be whole numbers of at least 1, not {hidden!r} and {layers!r}")
-    if pseudo_id is not None and not (type(pseudo_id) is int and abs(pseudo_id) < 1 << 31):
-        raise Error(f"pseudo_id must be a token id, not {pseudo_id!r}")
+    prompt.find_tuned(fold_ptuning(model)).prompt_embeddings.copy_(P)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What several technique files say or do alike, each in its own lines: these tests hold them together."""
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,14 @@ def test_the_family_table_counts_as_the_code_does():
     for what, count in counts.items():
         assert f"{count:,}" in nanopeft.__doc__, what
         assert f"{count:,}" in README or what == "fusion, stored", what
+
+
+def test_prompts_and_prefixes_have_the_same_lines():
+    """Storing, generating by a copy and finding the tuned model are the same lines in prompt.py and prefix.py."""
+    ours, theirs = prompt.PromptTuning, prefix.PrefixTuning
+    pairs = (ours.state_dict, theirs.state_dict), (ours.generate, theirs.generate)
+    for pair in (*pairs, (prompt.find_tuned, prefix.find_tuned)):
+        lines = [inspect.getsource(f).replace(theirs.__name__, ours.__name__).splitlines() for f in pair]
+        # When a cache is used is each file's own matter
+        one, other = ([t for t in part if "use_cache" not in t and "generation_config" not in t] for part in lines)
+        assert one == other

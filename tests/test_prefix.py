@@ -563,7 +563,7 @@ class Longer(Uneven):
         (tiny_gpt, dict(n_tokens=2.0), "n_tokens must be a whole number"),
         (tiny_gpt, dict(hidden=0), "hidden must be a whole number of at least 1, not 0"),
         (tiny_gpt, dict(n_tokens=32), "1 tokens and a prefix of 32 do not fit the model's 32 positions"),
-        (tiny_gpt, dict(init="zero"), "init must be vocabulary, random or 20 token ids, not 'zero'"),
+        (tiny_gpt, dict(init="zero"), "init must be 20 token ids below 64, vocabulary or random, not 'zero'"),
         (tiny_gpt, dict(n_tokens=2, init=[1]), "init must be 2 token ids below 64"),
         (tiny_gpt, dict(n_tokens=2, init=[1, 64]), "init must be 2 token ids below 64"),
         (tiny_gpt, dict(n_tokens=2, init=[-1, 3]), "init must be 2 token ids below 64"),

@@ -376,29 +376,42 @@ WRAPS = {
 }
 
 
-@pytest.mark.parametrize("wrap", [pytest.param(wrap, marks=[thorough] * ("comp" in wrap)) for wrap in WRAPS])
+some = pytest.mark.parametrize("wrap", [pytest.param(wrap, marks=[thorough] * ("comp" in wrap)) for wrap in WRAPS])
+
+
+@some
 @each
 def test_files_of_wrapped_models(kind, wrap, process_group, tmp_path):
-    """Whatever wraps the model or the tuned one, peft opens what is saved, with the same logits, and it loads back."""
+    """Whatever wraps the tuned model, peft opens what is saved, with the same logits, and it loads back."""
     state_dict, load, config = STATES[kind]
     base = tiny()
-    for name, outer in (
-        ("before", WRAPPERS[kind](WRAPS[wrap](copy.deepcopy(base).requires_grad_(True)), N).eval()),
-        ("after", WRAPS[wrap](WRAPPERS[kind](copy.deepcopy(base), N)).eval()),
-    ):
-        if kind == "ptuning":
-            ptuning.fold_ptuning(outer)
-        width = state_dict(outer)["prompt_embeddings"].size(1)
-        load(outer, {"prompt_embeddings": torch.randn(N, width, generator=torch.manual_seed(5))})
-        folder = tmp_path / name
-        folder.mkdir()
-        save_file(state_dict(outer), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        (folder / "adapter_config.json").write_text(json.dumps(config(outer)))
-        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
-        logits = theirs(IDS).logits[:, 0 if kind == "prefix" else N :]
-        found = outer(IDS).logits
-        assert (found - logits).abs().max() <= 1e-6 * logits.abs().max()  # sums may be split among threads
-        assert (found - base(IDS).logits).abs().max() >= 0.1 * logits.abs().max()
+    outer = WRAPS[wrap](WRAPPERS[kind](copy.deepcopy(base), N)).eval()
+    if kind == "ptuning":
+        ptuning.fold_ptuning(outer)
+    width = state_dict(outer)["prompt_embeddings"].size(1)
+    load(outer, {"prompt_embeddings": torch.randn(N, width, generator=torch.manual_seed(5))})
+    save_file(state_dict(outer), tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config(outer)))
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    logits = theirs(IDS).logits[:, 0 if kind == "prefix" else N :]
+    found = outer(IDS).logits
+    assert (found - logits).abs().max() <= 1e-6 * logits.abs().max()  # sums may be split among threads
+    assert (found - base(IDS).logits).abs().max() >= 0.1 * logits.abs().max()
+
+
+@some
+@each
+def test_a_wrapped_base_is_refused(kind, wrap, process_group):
+    """A base that something wraps already is refused in one line, and is as it was; so is one in FSDP."""
+    base = tiny()
+    message = "already: wrap the plain .*, then compile or parallelize"
+    with pytest.raises((prompt.Error, prefix.Error), match=message) as caught:
+        WRAPPERS[kind](WRAPS[wrap](base), N)
+    assert "\n" not in str(caught.value) and all(p.requires_grad for p in base.parameters())
+    outer = tiny()
+    outer._fsdp_wrapped_module = base  # the name that FSDP gives to what it wraps
+    with pytest.raises((prompt.Error, prefix.Error), match=message):
+        WRAPPERS[kind](outer, N)
 
 
 @each
