@@ -95,7 +95,7 @@ def test_every_promise_has_its_test():
 
 def test_the_files_import_torch_and_the_standard_library_alone():
     """Importing a technique file brings in, beside torch and what torch itself imports, only the standard library."""
-    files = (*FILES, "quant", "zero", "recompute")
+    files = (*FILES, "quant", "zero", "recompute", "tensor_parallel", "pipeline")
     code = f"""
 import sys, torch
 before = set(sys.modules)

@@ -600,5 +600,4 @@ if __name__ == "__main__":
 
     for name in ("GPT2LMHeadModel", "LlamaForCausalLM", "Qwen2ForCausalLM"):  # imported once, before the forks
         getattr(transformers, name)
-    vars(test_zero).update({name: x for name, x in vars().items() if not name.startswith("__")})
-    test_zero.serve(list(map(int, sys.argv[2:])))
+    test_zero.serve(list(map(int, sys.argv[2:])), globals())
