@@ -100,8 +100,6 @@ def new_factors(layer, r, init):
 class LoRALinear(nn.Module):
     """A frozen linear layer and its update."""
 
-    bias = property(lambda self: self.base_layer.bias)
-
     def __init__(self, base_layer, name, r, alpha, dropout, rslora, init):
         super().__init__()
         self.base_layer, self.saved_as, self.enabled = base_layer, name, True
@@ -130,6 +128,10 @@ class LoRALinear(nn.Module):
         """W + ΔW, for a model that reads the weight and does not call the layer, as Mamba does with its dt_proj."""
         W = self.base_layer.weight
         return (W + self.delta()).to(W.dtype) if self.is_active() and not is_packed(W) else W
+
+    def __getattr__(self, name):  # models read bias, in_features and others of their layers: show the wrapped layer's
+        own = name in ("base_layer", "lora_A", "lora_B", "dropout", "unmerged_weight")
+        return super().__getattr__(name) if own else getattr(self.base_layer, name)
 
     def is_active(self):
         return self.enabled and self.unmerged_weight is None

@@ -684,7 +684,7 @@ def test_a_quantized_layer_is_trained_but_not_merged(dtype):
 
 
 def test_a_wrapper_shows_the_weight_that_it_computes_with():
-    """A model that reads layer.weight and layer.bias finds W + ΔW in W's dtype; disabled, the base layer's own."""
+    """A model that reads a layer's weight, bias and sizes finds W + ΔW in W's dtype; disabled, the base layer's own."""
     torch.manual_seed(0)
     model = nn.Sequential(OrderedDict(table=nn.Embedding(8, 4), up=nn.Linear(4, 3, dtype=torch.bfloat16)))
     randomize(lora.add_lora(model, ("table", "up"), r=2))
@@ -695,6 +695,7 @@ def test_a_wrapper_shows_the_weight_that_it_computes_with():
         with lora.lora_disabled(model):
             assert layer.weight is layer.base_layer.weight
     assert model.up.bias is model.up.base_layer.bias
+    assert (model.up.in_features, model.up.out_features, model.table.num_embeddings) == (4, 3, 8)
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
