@@ -110,7 +110,8 @@ def situations(draw):
     is_plain = is_stack and technique in LORA and options["targets"] != "all-linear" and "twice" not in traits
     actions += ["save peft"] * 3 * ((is_theirs or is_plain) and technique not in ADAPTERS and not has_template)
     if not has_zero:
-        actions += ["remove", "copy", "save state_dict", *["merge", "merge", "unmerge", "disable"] * (technique in LORA)]
+        actions += ["remove", "copy", "save state_dict"]
+        actions += ["merge", "merge", "unmerge", "disable"] * (technique in LORA)
         actions += ["fold"] * (technique in ("prefix", "ptuning"))
         actions += ["generate"] * (kind not in ("stack", "classifier"))
         actions += ["pickle"] * (not re.search("compile.*inside|gradient", wrapper))  # theirs cannot be pickled
