@@ -436,7 +436,8 @@ class Use:
     @torch.no_grad()
     def check(self, model=None, technique=None):
         """The outputs are the oracle's, in whatever mode the model is; dropout is turned off."""
-        model, s = model or self.call, self.s._replace(technique=technique or self.s.technique)
+        model = self.call if model is None else model
+        s = self.s._replace(technique=technique or self.s.technique)
         (rows, _), training = batch(s), model.training
         model.train(training and not s.options.get("dropout"))
         compare(s, outputs(call(model, s, rows), s, rows), [outputs(self.oracle(row), s, [row])[0] for row in rows])
