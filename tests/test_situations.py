@@ -37,6 +37,7 @@ from nanopeft import adapter, gpt, lora, prefix, prompt, ptuning, qlora, zero
 CASES = int(os.environ.get("CASES", 300))
 ERRORS = (lora.Error, qlora.Error, adapter.Error, prefix.Error, prompt.Error, zero.Error, gpt.Error)
 V, T, D = 24, 6, 16  # vocabulary, tokens of a row, width
+LR = 1e-3  # at large steps the second would magnify the first one's rounding
 
 # ----------------------------------------------------------------------------------------------------------- situations
 
@@ -424,7 +425,7 @@ class Use:
         self.model, self.call, self.engine, wrapper = model, model, None, self.s.wrapper
         if wrapper.startswith("zero"):
             blocks = self.inner(model).get_submodule(LAYERS[self.s.kind][2])
-            self.engine = zero.ZeRO(model, torch.optim.SGD, blocks=blocks, stage=int(wrapper[-1]), lr=0.01)
+            self.engine = zero.ZeRO(model, torch.optim.SGD, blocks=blocks, stage=int(wrapper[-1]), lr=LR)
         elif wrapper in COMPILED[:2]:
             self.call = torch.compile(model, backend=wrapper.split()[1])
         elif wrapper in ("ddp", "dataparallel"):
@@ -471,7 +472,7 @@ class Use:
         ours, plain = own_parameters(self.model), self.oracle.own
         names = [name for name, p in plain.items() if p.requires_grad]
         before = {name: plain[name].detach().clone() for name in names}
-        optimizers = [torch.optim.SGD([side[name] for name in names], lr=0.01) for side in (ours, plain)]
+        optimizers = [torch.optim.SGD([side[name] for name in names], lr=LR) for side in (ours, plain)]
         backward, step = torch.Tensor.backward, optimizers[0].step
         if self.engine:
             backward, step = self.engine.backward, self.engine.step
