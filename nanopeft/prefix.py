@@ -179,6 +179,9 @@ class PrefixTuning(nn.Module):
         if attention_mask is not None:
             if attention_mask.shape != (B, S - n):
                 raise Error(f"attention_mask must be {(B, S - n)}, not {tuple(attention_mask.shape)}: without prefix")
+            window = getattr(getattr(self.model, "config", None), "sliding_window", None) or math.inf
+            if S > window and (attention_mask[:, 0] == 0).any():
+                raise Error(f"left padding moves the prefix in a sliding window of {window} tokens: pad on the right")
             if position_ids is None and "position_ids" in self.takes:  # counted without padding
                 position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -T:]  # (B, T)
             attention_mask = torch.cat((attention_mask.new_ones(B, n), attention_mask), 1)  # (B, S)
