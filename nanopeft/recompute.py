@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Activation recomputation (gradient checkpointing): forward keeps a block's input alone, backward runs it again.
+"""Activation recomputation (gradient checkpointing): forward keeps only each block's input, backward runs it again.
 
 Backward needs the numbers that forward has computed on the way, the activations. They grow with depth, batch and
 length, and soon take more memory than the model. Recomputation forgets them. It keeps the input of each block, and when
@@ -10,22 +10,23 @@ backward arrives at a block, it runs the block's forward once more from there.
                 x1 ── block 2 again, its activations ── dx1, and they are freed
                 x0 ── block 1 again, its activations ── dx0, and they are freed
 
-Memory. A block's activations take a bytes, its input c bytes. L blocks keep L · a; recomputed they keep
+Memory. Let `a` be the bytes of one block's activations, and `c` those of its input. L blocks keep L · a; recomputed
     L · c + a                       every block: all inputs, and the activations of the block where backward is
     L/k · c + (L - L/k) · a         every k-th block (every=k > 1): the others keep their activations
 A block of GPT-2 has c = n·d·e and a = 16c (n tokens, width d, e bytes a number; counted in nanopeft/memory.py).
-12 blocks of d = 256, fp32, 4 x 256 tokens: c is 1 MiB, a 16 MiB. 192 MiB become 28.
+12 blocks of d = 256, fp32, 4 x 256 tokens: c is 1 MiB, a 16 MiB. 192 MiB become 28. The peaks below are higher: in
+backward there are also gradients around the block, and in full training up to 36 MiB of the weights' gradients.
 
 Why one block at a time, and not the √L segments of the paper? A segment is several blocks that are recomputed together.
 With k segments the memory is k · c + (L/k) · a, least for k = √(L · a / c). The paper has layers with a = c, so k = √L.
 A block has a = 16c, so k = √(16 L) = 13.9 for L = 12: more segments than blocks, and each block is one. For L = 48
-28 segments would take 55c, and a segment for each block takes 64c.
+24 segments of two blocks would take 56c, and a segment for each block takes 64c.
 
 Time. Let forward take 1. In full training backward takes 2 (dx and dW); with forward a second time 3 become 4, + 1/3.
 Over frozen weights backward takes 1 (dx alone); 2 become 3, + 1/2. The usual "one third" is only the first case.
-The second forward may stop when it has the last tensor that backward needs. So the last linear layer of a block, 4 of
-its 12 d² weights, is not repeated: + 2/9 in full training, + 1/3 over frozen weights. LoRA on all linear layers needs
-the last one's input times A, which is made after the base product: + 1/2 again.
+The second forward may stop when it has the last tensor that backward needs. That is the input of the block's last
+linear layer, so this layer, 4 of the 12 d² weights, is not repeated: + 2/9 in full training, + 1/3 over frozen weights.
+It is repeated if something after it is needed: the mask of a dropout, or LoRA's A x beside it. Then it is + 1/2 again.
 
     12 blocks, d = 256, fp32, 4 x 256 tokens     full             LoRA, all linear     LoRA, c_attn
                                                  FLOPs    peak    FLOPs    peak        FLOPs    peak     (over weights)
@@ -40,18 +41,20 @@ What must be the same in the second forward:
   * A cache of keys and values, which forward extends. The second forward gets it as it was before the first.
 Whatever else forward changes, a counter or the running mean of BatchNorm, is changed twice.
 
-The trap with a frozen base. torch's checkpoint with use_reentrant=True makes a block one node, with the block's input
-as its only input. In LoRA the embeddings are frozen, so the first block's input requires no gradient. Then its output
-requires none either, and the adapters in it never learn, silently. The usual cure is a gradient for the embeddings'
-output, model.enable_input_require_grads(). Here there is no trap: `Recompute` takes the parameters as inputs too, and
-`run` leaves the graph as it is.
+The trap with a frozen base. torch's checkpoint with use_reentrant=True makes each block one node in autograd's graph,
+with the block's input as its only input. In LoRA the embeddings are frozen, so the first block's input requires no
+gradient, its output requires none, and its adapters do not learn. torch only warns. The usual cure is
+model.enable_input_require_grads(): then the embeddings' output requires a gradient. Here there is no trap. `Recompute`
+takes the trained parameters as inputs too. `run` leaves the graph as it is; so does use_reentrant=False, which torch
+recommends and whose mechanism this is.
 
-With other techniques. LoRA, adapters and prompts do not save activations; recomputation does. Prefix-tuning hands its
-prefix over in a cache, see above; transformers' own gradient checkpointing drops it. In ZeRO stage 3 a block's weights
-are gathered once for backward, the second forward included. For logits gpt.py's loss in chunks is the same idea.
+With other techniques. Where LoRA or adapters are on all layers, nearly all activations are kept (202 of 204 MiB above).
+Prefix-tuning hands its prefix over in a cache, see above; transformers' own gradient checkpointing drops it. ZeRO stage
+3 gathers a block's weights once in backward, for the second forward and the gradients. The loss in chunks of gpt.py is
+the same idea for logits. Offloading activations to the CPU is the alternative where the link is fast.
 
-When to use it: activations fill the memory (nanopeft/memory.py tells), and smaller micro-batches cost more or do not
-help, as with one long row. It helps little if the weights fill the memory: quantize or shard those.
+When to use it: activations fill the memory (nanopeft/memory.py tells). Try smaller micro-batches first; they do not
+help if one long row is too much. If the weights fill the memory, quantize or shard those.
 Papers: Chen et al., arXiv 1604.06174, section 4. Korthikanti et al., arXiv 2205.05198, recompute attention alone, which
 fused attention does as well. The whole family in one table: nanopeft/__init__.py.
 """
@@ -69,9 +72,9 @@ class Error(ValueError):
 
 
 class Recompute(torch.autograd.Function):
-    """The idea on a whiteboard: y = f(x) without f's activations. Call it as Recompute.apply(f, x, *parameters of f).
+    """The idea on a whiteboard: y = f(x) without f's activations, as Recompute.apply(f, x, *trained parameters).
 
-    Autograd gives gradients only to what is an argument itself.
+    Autograd gives gradients only to direct arguments. On a GPU or under autocast take `run`, which restores those too.
     """
 
     @staticmethod
@@ -111,13 +114,13 @@ def run(forward, *args, **kwargs):
         shapes.append(tensor.shape)
         return len(shapes) - 1
 
-    def save_tensor(tensor):
+    def save_tensor(tensor):  # the second graph itself is thrown away
         saved[len(saved)] = tensor.detach()
         if len(saved) == len(shapes):
             raise Stop
 
     def load(number):
-        if number not in saved:
+        if number not in saved:  # backward has arrived at this block, or comes a second time
             saved.clear()
             with as_before(surroundings), torch.autograd.graph.saved_tensors_hooks(save_tensor, lambda _: None):
                 try:
@@ -144,7 +147,7 @@ def recompute(blocks, every=1):
     if type(every) is not int or every < 0:
         raise Error(f"every must be a whole number of at least 0, not {every!r}")
     for i, block in enumerate(blocks):
-        block.__dict__.pop("forward", None)
+        block.__dict__.pop("forward", None)  # the class's own forward shows again
         if every and i % every == 0:
             block.forward = functools.partial(run, block.forward)  # hooks (ZeRO's, say) stay outside: they run once
 

@@ -95,8 +95,9 @@ def situations(draw):
         options["targets"] = sublayers
 
     wrapper = one(*["none"] * 6, *WRAPPERS, *WRAPPERS, one(*COMPILED, *WRAPPERS))  # the compiler takes seconds
-    if technique not in SOFT and wrapper == "dataparallel inside" or not is_theirs and wrapper.startswith("gradient"):
-        wrapper = one("none", "none", "none", wrapper if is_theirs else "none")  # the first is refused
+    is_refused = wrapper == "dataparallel inside" or technique in SOFT and wrapper == "compile model inside"
+    if is_refused or not is_theirs and wrapper.startswith("gradient"):
+        wrapper = one("none", "none", "none", wrapper if is_theirs else "none")
     has_zero, has_template = wrapper.startswith("zero"), bool(options.get("template"))
     traits = ["frozen", "unbiased", "tied", *["twice", "asked for its sizes"] * is_stack, "embeds", "padded"]
     unfit = {"embeds"} if has_template else {"embeds", "twice"} if has_zero else {"none"}
@@ -612,6 +613,7 @@ RIGHTLY_REFUSED = {  # the beginning of the message: where it may be said
     "left padding moves the prefix": lambda s: (s.kind, s.technique) == ("mistral", "prefix") and "padded" in s.traits,
     "add LoRA to the plain model, then wrap it": lambda s: s.wrapper == "dataparallel inside",
     "add adapters to the plain model, then wrap it": lambda s: s.wrapper == "dataparallel inside",
+    "the model is a ": lambda s: s.technique in SOFT and s.wrapper in ("dataparallel inside", "compile model inside"),
     "an adapter needs a layer whose output is": lambda s: s.traits[-1] in ("dict", "ModelOutput"),
 }
 

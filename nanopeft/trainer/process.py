@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from nanopeft import adamw, adapter, data, gpt, lora, memory, prefix, prompt, ptuning, qlora, quant, zero
+from nanopeft import adamw, adapter, data, gpt, lora, memory, prefix, prompt, ptuning, qlora, quant, recompute, zero
 from nanopeft.trainer import Error, Failure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PARTS = (adamw, adapter, data, gpt, lora, memory, prefix, prompt, ptuning, qlora, quant, zero)
+PARTS = (adamw, adapter, data, gpt, lora, memory, prefix, prompt, ptuning, qlora, quant, recompute, zero)
 ERRORS = (Error, *(part.Error for part in PARTS))  # wrong use, wherever it is noticed
 
 
