@@ -110,7 +110,7 @@ def situations(draw):
     actions += ["save peft"] * 3 * ((is_theirs or is_plain) and technique not in ADAPTERS and not has_template)
     if not has_zero:
         actions += ["remove", "copy", "save state_dict"]
-        actions += ["merge", "merge", "unmerge", "disable"] * (technique in LORA)
+        actions += ["merge", "merge", "merge", "unmerge", "disable", "disable"] * (technique in LORA)
         actions += ["fold"] * 4 * (technique in ("prefix", "ptuning"))
         actions += ["generate"] * (kind not in ("stack", "classifier"))
         actions += ["pickle"] * (not re.search("compile.*inside|gradient", wrapper))  # theirs cannot be pickled
