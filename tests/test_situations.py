@@ -110,7 +110,7 @@ def situations(draw):
     actions += ["save peft"] * 3 * ((is_theirs or is_plain) and technique not in ADAPTERS and not has_template)
     if not has_zero:
         actions += ["remove", "copy", "save state_dict"]
-        actions += ["merge", "merge", "unmerge", "disable"] * (technique in LORA)
+        actions += ["merge", "merge", "merge", "unmerge", "disable", "disable"] * (technique in LORA)
         actions += ["fold"] * 4 * (technique in ("prefix", "ptuning"))
         actions += ["generate"] * (kind not in ("stack", "classifier"))
         actions += ["pickle"] * (not re.search("compile.*inside|gradient", wrapper))  # theirs cannot be pickled
@@ -383,7 +383,7 @@ class Use:
             self.check()
             for name, p in own_parameters(self.model).items():  # as added, most change nothing
                 # Scores of about 1: what is rounded in them grows with their size, and softmax makes it a factor
-                nn.init.normal_(p, std=0.03 if re.search("query|key", name) else 0.3)
+                nn.init.normal_(p, std=0.03 if re.search("query|key", name) else 0.2)
             self.oracle.read(self.model)
         self.verify()
 
@@ -490,8 +490,8 @@ class Use:
                 # A step rounds the numbers themselves, and the second gradient is that of rounded numbers
                 rounding = sum((torch.finfo(ours[name].dtype).eps * plain[name].norm()) ** 2 for name in names) ** 0.5
                 moved = [[side[name].double() - before[name] for name in names] for side in (ours, plain)]
-                # Forward and two products of backward, twice; a norm magnifies once more on the way back
-                compare(s, *moved, chain=6, magnify=8, eps=1.2e-7, more=rounding)
+                # Forward and two products of backward, twice; forward magnifies by 4, and backward by 4 again
+                compare(s, *moved, chain=6, magnify=16, eps=1.2e-7, more=rounding)
             self.oracle.read(self.model)
 
     def mode(self):
@@ -638,7 +638,9 @@ def test_no_situation_gives_a_wrong_answer(cases):
     """Whatever is drawn computes what the equations say, or is refused in one line, and few are refused."""
     refused = Counter()
 
-    @settings(max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    always_the_same = dict(derandomize=cases == 25, database=None, deadline=None)
+
+    @settings(max_examples=cases, suppress_health_check=list(HealthCheck), **always_the_same)
     @given(situations())
     def one(s):
         refused[run(s) is not None] += 1
