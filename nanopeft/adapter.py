@@ -132,7 +132,7 @@ class AdapterLayer(nn.Module):
 
     def __init__(self, base_layer, adapter, name=""):
         super().__init__()
-        self.base_layer, self.saved_as, self.enabled = base_layer, name, True
+        self.base_layer, self.adapter_name, self.enabled = base_layer, name, True
         self.adapter = adapter.train(base_layer.training)  # an Adapter or a Fusion
         self.training = base_layer.training
 
@@ -143,12 +143,12 @@ class AdapterLayer(nn.Module):
         u, *rest = output if isinstance(output, (tuple, list)) else (output,)  # u (B, T, d)
         if not torch.is_tensor(u):
             raise Error(f"an adapter needs a layer whose output is a tensor or begins with one, not {type(u).__name__}")
-        u = u + self.adapter(u).to(u.dtype)
-        kind = type(output)  # a tuple with names is made by _make
-        return u if u is output or torch.is_tensor(output) else getattr(kind, "_make", kind)((u, *rest))
+        u, kind = u + self.adapter(u).to(u.dtype), type(output)
+        return u if torch.is_tensor(output) else getattr(kind, "_make", kind)((u, *rest))  # _make: of a named tuple
 
     def __getattr__(self, name):  # models read weight, layer_idx and others of their layers: show the wrapped layer's
-        return super().__getattr__(name) if name in ("base_layer", "adapter") else getattr(self.base_layer, name)
+        own = name in ("base_layer", "adapter") or name.startswith("__")
+        return super().__getattr__(name) if own else getattr(self.base_layer, name)
 
 
 def add_adapter(
@@ -228,17 +228,17 @@ def remove_adapter(model):
     """Puts the bare layers back in place of adapters or a fusion, and returns the model. It stays frozen."""
     layers = adapter_layers(model).values()
     for layer in layers:
-        layer.enabled = False  # what has been compiled around it may call it still
+        layer.enabled = False  # torch.compile may have kept the layer
     replace(model, {layer: layer.base_layer for layer in layers})
     for module in model.requires_grad_(False).modules():
-        for name in ("adapter_config", "saved_as"):
+        for name in ("adapter_config", "adapter_name"):
             vars(module).pop(name, None)
     return model
 
 
 @contextmanager
 def adapter_disabled(model):
-    """The base model, inside the `with`."""
+    """The base model, but for modules_to_save, inside the `with`."""
     layers = [layer for layer in adapter_layers(model).values() if layer.enabled]  # none inside another one
     for layer in layers:
         layer.enabled = False
@@ -250,17 +250,21 @@ def adapter_disabled(model):
 
 
 def adapter_layers(model):
-    """{name: AdapterLayer} of the wrapped layers, by the names that they had when they were added."""
-    return {m.saved_as: m for m in model.modules() if isinstance(m, AdapterLayer)}
+    """{name: AdapterLayer} of the wrapped layers, by the names in the model that add_adapter got."""
+    layers = [m for m in model.modules() if isinstance(m, AdapterLayer)]
+    found = {layer.adapter_name: layer for layer in layers}
+    if len(found) < len(layers):
+        raise Error("layers have the same name, from another model or another add_adapter: call it once, on the model")
+    return found
 
 
 def adapter_state_dict(model):
     """The content of adapter_model.safetensors: the adapters, or a fusion together with the adapters that it fuses, and
     the modules_to_save, by the names that they had when they were added."""
     parts = {f"{name}.{type(m.adapter).__name__.lower()}.": m.adapter for name, m in adapter_layers(model).items()}
-    heads = [m for m in model.modules() if "saved_as" in vars(m) and not isinstance(m, AdapterLayer)]
-    parts |= {f"{head.saved_as}.": head for head in heads}
-    state = {key: t for prefix, part in parts.items() for key, t in part.state_dict(prefix=prefix).items()}
+    heads = [m for m in model.modules() if "adapter_name" in vars(m) and not isinstance(m, AdapterLayer)]
+    parts |= {f"{head.adapter_name}.": head for head in heads}
+    state = {bare(key): t for prefix, part in parts.items() for key, t in part.state_dict(prefix=prefix).items()}
     if any(t.numel() == 0 for t in state.values()):
         raise Error("the parameters are sharded, and here have no elements: do this inside `with engine.whole():`")
     return state
@@ -273,7 +277,7 @@ def load_adapter_state_dict(model, state):
         found, expected = (tuple(side[key].shape) if key in side else "missing" for side in (state, own))
         if found != expected:
             raise Error(f"the adapter does not fit: {key} is {found} in it and {expected} in the model")
-        if not state[key].is_floating_point() or state[key].element_size() < 2:
+        if own[key].is_floating_point() and not (state[key].is_floating_point() and state[key].element_size() > 1):
             raise Error(f"{key} is {state[key].dtype} in the adapter; the model needs floats of 16 bits or more")
     for key, t in own.items():  # its memory is the model's own
         t.copy_(state[key])
@@ -292,11 +296,16 @@ fusion_state_dict, load_fusion_state_dict, fusion_config = adapter_state_dict, l
 # ------------------------------------------------------------------------------------------------------------- plumbing
 
 
+def bare(name):
+    """A module's name without what torch.compile, FSDP and activation checkpointing put into it."""
+    return re.sub(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)", "", name).rstrip(".")
+
+
 def bare_names(model):
-    """{name: module}, as if torch.compile, FSDP or activation checkpointing had wrapped no part of the model."""
-    wrapper, found = r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)", {}
+    """{bare name: module}; of a module and what wraps it the outermost."""
+    found = {}
     for name, module in model.named_modules():
-        found.setdefault(re.sub(wrapper, "", name).rstrip("."), module)  # of equal names the outermost
+        found.setdefault(bare(name), module)
     return found
 
 
@@ -316,7 +325,7 @@ def put_in(model, layers, heads):
     model.requires_grad_(False)
     replace(model, layers)
     for name, head in heads.items():
-        head.requires_grad_(True).saved_as = name
+        head.requires_grad_(True).adapter_name = name
 
 
 def find_targets(model, targets, placement, heads):

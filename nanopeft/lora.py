@@ -102,7 +102,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base_layer, name, r, alpha, dropout, rslora, init):
         super().__init__()
-        self.base_layer, self.saved_as, self.enabled = base_layer, name, True
+        self.base_layer, self.lora_name, self.enabled = base_layer, name, True
         self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
         self.lora_A, self.lora_B = new_factors(base_layer, r, init)  # (r, in), (out, r)
         self.dropout = nn.Dropout(dropout)
@@ -125,7 +125,8 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self):
-        """W + ΔW, for a model that reads the weight and does not call the layer, as Mamba does with its dt_proj."""
+        """W + ΔW, for a model that reads the weight and does not call the layer, as Mamba does with its dt_proj. It is
+        computed at each access, without dropout, and what is written into it is lost."""
         W = self.base_layer.weight
         return (W + self.delta()).to(W.dtype) if self.is_active() and not is_packed(W) else W
 
@@ -133,8 +134,8 @@ class LoRALinear(nn.Module):
         return self.enabled and self.unmerged_weight is None
 
     def __getattr__(self, name):  # a model may read bias, in_features and others of its layer
-        own = ("base_layer", "lora_A", "lora_B", "dropout", "unmerged_weight")
-        return super().__getattr__(name) if name in own else getattr(self.base_layer, name)
+        own = name in ("base_layer", "lora_A", "lora_B", "dropout", "unmerged_weight") or name.startswith("__")
+        return super().__getattr__(name) if own else getattr(self.base_layer, name)
 
 
 class LoRAEmbedding(LoRALinear):
@@ -185,7 +186,7 @@ def add_lora(
     model.requires_grad_(False)  # A and B are not in the model yet
     replace(model, wrapped)
     for name, module in saved.items():
-        module.requires_grad_(True).saved_as = name
+        module.requires_grad_(True).lora_name = name
     model.lora_config = {
         "peft_type": "LORA", "task_type": None, "r": r, "lora_alpha": alpha, "lora_dropout": dropout,
         "target_modules": targets if isinstance(targets, str) else list(targets), "rank_pattern": ranks,
@@ -196,8 +197,12 @@ def add_lora(
 
 
 def lora_layers(model):
-    """{name: layer} of the wrapped layers, by the names that they had when add_lora was called."""
-    return {m.saved_as: m for m in model.modules() if isinstance(m, LoRALinear)}
+    """{name: layer} of the wrapped layers, by the names in the model that add_lora got: it may be wrapped since."""
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    found = {layer.lora_name: layer for layer in layers}
+    if len(found) < len(layers):
+        raise Error("layers have the same name, from another model or another add_lora: call it once, on the model")
+    return found
 
 
 @torch.no_grad()
@@ -233,18 +238,21 @@ def unmerge_lora(model):
 
 def remove_lora(model):
     """Puts the bare layers back, frozen, with their weights as they are: merge_lora first to keep what was learned."""
-    replace(model, {layer: layer.base_layer for layer in lora_layers(model).values()})
+    layers = lora_layers(model).values()
+    for layer in layers:
+        layer.enabled = False  # torch.compile may have kept the layer
+    replace(model, {layer: layer.base_layer for layer in layers})
     model.requires_grad_(False)
     for module in model.modules():
-        for name in ("lora_config", "saved_as"):
+        for name in ("lora_config", "lora_name"):
             module.__dict__.pop(name, None)
     return model
 
 
 @contextmanager
 def lora_disabled(model):
-    """Inside the `with` the model is the base; afterwards it is as before, merged or not."""
-    layers = [layer for layer in lora_layers(model).values() if layer.enabled]  # none inside another lora_disabled
+    """Inside the `with` the model is the base, but for modules_to_save; afterwards it is as before, merged or not."""
+    layers = [layer for layer in lora_layers(model).values() if layer.enabled]  # not again inside another
     merged = any(layer.unmerged_weight is not None for layer in layers)
     unmerge_lora(model)
     for layer in layers:
@@ -261,18 +269,18 @@ def lora_disabled(model):
 def lora_parameters(model):
     """{name in peft's checkpoint: parameter}: what is trained."""
     found = {}
+    for name, layer in lora_layers(model).items():
+        ending = "lora_embedding_{}" if isinstance(layer, LoRAEmbedding) else "lora_{}.weight"
+        found |= {f"{name}.{ending.format(factor)}": getattr(layer, f"lora_{factor}") for factor in "AB"}
     for module in model.modules():
-        name = vars(module).get("saved_as")
-        if isinstance(module, LoRALinear):
-            ending = "lora_embedding_{}" if isinstance(module, LoRAEmbedding) else "lora_{}.weight"
-            found |= {f"{name}.{ending.format(factor)}": getattr(module, f"lora_{factor}") for factor in "AB"}
-        elif name is not None:  # of modules_to_save
-            found |= {f"{name}.{key}": t for key, t in module.state_dict(keep_vars=True).items()}
+        if "lora_name" in vars(module) and not isinstance(module, LoRALinear):  # of modules_to_save
+            state = module.state_dict(prefix=f"{module.lora_name}.", keep_vars=True)
+            found |= {bare(key): t for key, t in state.items()}
     return {f"base_model.model.{name}": p for name, p in found.items()}
 
 
 def lora_state_dict(model):
-    """What was trained: the content of adapter_model.safetensors."""
+    """What was trained: the content of adapter_model.safetensors. The tensors are the model's own: they train on."""
     state = {key: p.detach() for key, p in lora_parameters(model).items()}
     for key, p in state.items():
         if p.numel() == 0 or hasattr(p, "full_tensor"):
@@ -326,11 +334,16 @@ def is_packed(weight):
     return weight.element_size() < 2 or hasattr(weight, "quant_state")
 
 
+def bare(name):
+    """A module's name without what torch.compile, FSDP and activation checkpointing put into it."""
+    return re.sub(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)", "", name).rstrip(".")
+
+
 def bare_names(model):
-    """{name: module}, as if torch.compile, FSDP or activation checkpointing had wrapped no part of the model."""
-    wrapper, found = r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)", {}
+    """{bare name: module}; of a module and what wraps it the outermost."""
+    found = {}
     for name, module in model.named_modules():
-        found.setdefault(re.sub(wrapper, "", name).rstrip("."), module)  # of equal names the outermost
+        found.setdefault(bare(name), module)
     return found
 
 
@@ -356,10 +369,8 @@ def names(layers):
 
 def find_saved(model, ends):
     """{name: module} of modules_to_save: by ends of names, or by default a classifier's new head."""
-    modules, uses = bare_names(model), count_uses(model)
-    if ends is None:
-        return {name: modules[name] for name in ("classifier", "score", "qa_outputs") if name in modules}
-    found = {name: module for name, module in modules.items() if name.endswith(tuple(ends))}
+    modules, uses, heads = bare_names(model), count_uses(model), ("classifier", "score", "qa_outputs")
+    found = {n: m for n, m in modules.items() if (n in heads if ends is None else n.endswith(tuple(ends)))}
     shared = any(uses[id(p)] > 1 for module in found.values() for p in module.parameters())
     if isinstance(ends, str) or shared or ends and not found:
         raise Error(f"modules_to_save={ends!r} must be a list of ends of names of modules with weights of their own")
@@ -377,8 +388,8 @@ def find_targets(model, targets, saved=()):
     if targets == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         found = {n: m for n, m in fitting.items() if is_linear(m) and m is not head}
-        others = [(n, m) for n, m in outside.items() if n not in fitting]
-        passed = [f"{n}.{key}" for n, m in others for key, p in m.named_parameters(recurse=False) if p.dim() > 1]
+        own = (*fitting, *saved)
+        passed = [n for n, p in model.named_parameters() if p.dim() > 1 and bare(n).rpartition(".")[0] not in own]
         if passed:  # a mixture of experts may hold them all in one tensor
             warnings.warn(f"all-linear passes over parameters of no linear layer: {names(passed)}", stacklevel=3)
     else:
@@ -390,8 +401,8 @@ def find_targets(model, targets, saved=()):
     for name, layer in found.items():
         if name not in fitting:
             raise Error(f"{name} is a {type(layer).__name__}; LoRA fits on {names(fitting)}")
-        if isinstance(layer, nn.Embedding) and type(layer).forward is not nn.Embedding.forward:
-            if not hasattr(layer, "embed_scale"):
+        if isinstance(layer, nn.Embedding) and not hasattr(layer, "embed_scale"):
+            if type(layer).forward is not nn.Embedding.forward or layer.max_norm is not None:
                 raise Error(f"{name} is a {type(layer).__name__}, whose forward is not nn.Embedding's: leave it out")
     return found
 

@@ -2,6 +2,7 @@
 """What several technique files say or do alike, each in its own lines: these tests hold them together."""
 
 import inspect
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,60 @@ def test_prompts_and_prefixes_have_the_same_lines():
         # When a cache is used is each file's own matter
         one, other = ([t for t in part if "use_cache" not in t and "generation_config" not in t] for part in lines)
         assert one == other
+
+
+def test_parts_that_were_given_apart_are_noticed():
+    """Two parts of a model that each got LoRA or adapters have layers of one name: an Error, and nothing left out."""
+    for technique, add in ((lora, lora.add_lora), (adapter, partial(adapter.add_adapter, targets=["0"], bottleneck=2))):
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4)) for _ in range(2)))
+        for part in model:
+            add(part)
+        name = technique.__name__.rpartition(".")[2]
+        for function in (f"{name}_state_dict", f"remove_{name}", f"{name}_layers"):
+            with pytest.raises(technique.Error, match="^layers have the same name"):
+                getattr(technique, function)(model)
+
+
+def test_lora_and_adapters_in_one_model():
+    """Each has its own layers in its own file, and leaves the other's in place when it is removed."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), torch.randn(2, 4)
+    plain = model(x)
+    lora.add_lora(model, ["0"], r=2)
+    adapter.add_adapter(model, ["2"], bottleneck=2)
+    assert {key.split(".")[2] for key in lora.lora_state_dict(model)} == {"0"}
+    assert {key.split(".")[0] for key in adapter.adapter_state_dict(model)} == {"2"}
+    lora.remove_lora(model)
+    assert adapter.adapter_layers(model) and not lora.lora_layers(model)
+    assert torch.equal(adapter.remove_adapter(model)(x), plain)
+
+
+def test_what_has_been_compiled_is_removed():
+    """A layer with LoRA or an adapter that was compiled by itself computes as the base after its removal."""
+    torch.manual_seed(0)
+    for technique, add in ((lora, lora.add_lora), (adapter, partial(adapter.add_adapter, bottleneck=2))):
+        model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
+        plain = model(x)
+        add(model, targets=["0"])
+        for p in model.parameters():
+            if p.requires_grad:
+                nn.init.normal_(p)
+        model[0] = torch.compile(model[0], backend="eager")
+        assert not torch.allclose(model(x), plain)
+        getattr(technique, f"remove_{technique.__name__.rpartition('.')[2]}")(model)
+        assert torch.equal(model(x), plain)
+
+
+def test_a_head_with_counts_is_saved_and_loaded():
+    """A module to save may hold whole numbers too, as BatchNorm's count of batches."""
+    for technique, add in ((lora, lora.add_lora), (adapter, partial(adapter.add_adapter, bottleneck=2))):
+        models = []
+        for _ in range(2):
+            model = nn.Sequential(nn.Linear(4, 4))
+            model.score = nn.BatchNorm1d(4)
+            models.append(add(model, targets=["0"]))
+        models[0](torch.randn(8, 4))
+        name = technique.__name__.rpartition(".")[2]
+        state = getattr(technique, f"{name}_state_dict")(models[0])
+        getattr(technique, f"load_{name}_state_dict")(models[1], state)
+        assert models[1].score.num_batches_tracked == models[0].score.num_batches_tracked == 1

@@ -902,7 +902,7 @@ def test_modules_to_save_stay_as_trained():
     with lora.lora_disabled(model):
         assert torch.equal(model(x), base(x))
     assert torch.equal(lora.remove_lora(model)(x), base(x))
-    assert not any(p.requires_grad for p in model.parameters()) and not hasattr(model.head, "saved_as")
+    assert not any(p.requires_grad for p in model.parameters()) and not hasattr(model.head, "lora_name")
 
 
 def test_what_cannot_be_saved_is_refused():
