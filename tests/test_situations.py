@@ -468,6 +468,8 @@ class Use:
         s = self.s
         if self.merged:
             self.unmerge()
+        if s.wrapper == "ddp":
+            self.take(self.model)  # DDP asks for the buffers that it began with
         self.call.train()
         ours, plain = own_parameters(self.model), self.oracle.own
         names = [name for name, p in plain.items() if p.requires_grad]
