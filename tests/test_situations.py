@@ -3,7 +3,7 @@
 
 After each use the outputs are compared with the plain model in fp64, one unpadded row after the other, whose update is
 computed here from the equations. Training is compared with plain autograd and SGD on that model.
-The longer form: CASES=5000 pytest -m thorough tests/test_situations.py; --hypothesis-seed=1 draws others.
+The longer form: CASES=5000 pytest -m thorough tests/test_situations.py draws others each time.
 """
 
 import contextlib
@@ -640,7 +640,7 @@ def test_no_situation_gives_a_wrong_answer(cases):
     """Whatever is drawn computes what the equations say, or is refused in one line, and few are refused."""
     refused = Counter()
 
-    always_the_same = dict(derandomize=cases == 25, database=None, deadline=None)
+    always_the_same = dict(derandomize=cases <= 300, database=None, deadline=None)
 
     @settings(max_examples=cases, suppress_health_check=list(HealthCheck), **always_the_same)
     @given(situations())
