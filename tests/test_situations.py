@@ -615,7 +615,7 @@ RIGHTLY_REFUSED = {  # the beginning of the message: where it may be said
     "left padding moves the prefix": lambda s: (s.kind, s.technique) == ("mistral", "prefix") and "padded" in s.traits,
     "add LoRA to the plain model, then wrap it": lambda s: s.wrapper == "dataparallel inside",
     "add adapters to the plain model, then wrap it": lambda s: s.wrapper == "dataparallel inside",
-    "the model is a ": lambda s: s.technique in SOFT and s.wrapper in ("dataparallel inside", "compile model inside"),
+    "the model is ": lambda s: s.technique in SOFT and s.wrapper in ("dataparallel inside", "compile model inside"),
     "an adapter needs a layer whose output is": lambda s: s.traits[-1] in ("dict", "ModelOutput"),
 }
 
