@@ -313,7 +313,8 @@ def find_heads(model, ends):
     """{name: module} of modules_to_save: by ends of names, or by default a classifier's new head."""
     modules = bare_names(model)
     if ends is None:
-        return {name: modules[name] for name in ("classifier", "score", "qa_outputs") if name in modules}
+        heads = ("classifier", "score", "qa_outputs")  # the model's own, and DistilBERT's pre_classifier
+        return {name: m for name, m in modules.items() if "." not in name and name.endswith(heads)}
     found = {name: module for name, module in modules.items() if name.endswith(tuple(ends))}
     if isinstance(ends, str) or ends and not found:
         raise Error(f"modules_to_save={ends!r} must be a list of ends of names of modules")

@@ -369,8 +369,12 @@ def names(layers):
 
 def find_saved(model, ends):
     """{name: module} of modules_to_save: by ends of names, or by default a classifier's new head."""
-    modules, uses, heads = bare_names(model), count_uses(model), ("classifier", "score", "qa_outputs")
-    found = {n: m for n, m in modules.items() if (n in heads if ends is None else n.endswith(tuple(ends)))}
+    modules, uses = bare_names(model), count_uses(model)
+    if ends is None:  # the model's own, and DistilBERT's pre_classifier
+        own, heads = [name for name in modules if "." not in name], ("classifier", "score", "qa_outputs")
+        found = {name: modules[name] for name in own if name.endswith(heads)}
+    else:
+        found = {name: m for name, m in modules.items() if name.endswith(tuple(ends))}
     shared = any(uses[id(p)] > 1 for module in found.values() for p in module.parameters())
     if isinstance(ends, str) or shared or ends and not found:
         raise Error(f"modules_to_save={ends!r} must be a list of ends of names of modules with weights of their own")

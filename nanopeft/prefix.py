@@ -57,7 +57,8 @@ Pitfalls:
   - A cache grows in place, so each call needs a fresh one. Gradient checkpointing drops it: refused here.
   - With grouped-query attention, H is the number of key and value heads, which is smaller than that of queries.
   - Training cannot go on through the MLP from the stored P. For that, keep E and the MLP.
-  - A sliding window (Mistral, Gemma) slides past the prefix: in a longer text, later tokens no longer see it.
+  - A sliding window (Mistral, Gemma) slides past the prefix: in a longer text, later tokens no longer see it. Left
+    padding counts in the window too, as in peft: pad on the right, or keep prefix, padding and text within it.
   - MPT measures distance in the cache, padding included: there a padded row differs from the row alone. Do not pad.
 Relatives, all in one table in nanopeft/__init__.py:
   - Prompt tuning: n trained embeddings before the input. Every layer computes its keys and values from them.
@@ -179,9 +180,6 @@ class PrefixTuning(nn.Module):
         if attention_mask is not None:
             if attention_mask.shape != (B, S - n):
                 raise Error(f"attention_mask must be {(B, S - n)}, not {tuple(attention_mask.shape)}: without prefix")
-            window = getattr(getattr(self.model, "config", None), "sliding_window", None) or math.inf
-            if S > window and (attention_mask[:, 0] == 0).any():
-                raise Error(f"left padding moves the prefix in a sliding window of {window} tokens: pad on the right")
             if position_ids is None and "position_ids" in self.takes:  # counted without padding
                 position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -T:]  # (B, T)
             attention_mask = torch.cat((attention_mask.new_ones(B, n), attention_mask), 1)  # (B, S)

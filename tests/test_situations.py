@@ -101,6 +101,7 @@ def situations(draw):
     has_zero, has_template = wrapper.startswith("zero"), bool(options.get("template"))
     traits = ["frozen", "unbiased", "tied", *["twice", "asked for its sizes"] * is_stack, "embeds", "padded"]
     unfit = {"embeds"} if has_template else {"embeds", "twice"} if has_zero else {"none"}
+    unfit |= {"padded"} if (kind, technique) == ("mistral", "prefix") else set()  # its window counts them
     traits = [trait for trait in traits if one(False, True) and trait not in unfit]
     traits += [one("tensor", "tuple", "named", "list", "dict", "ModelOutput")] if is_stack else []
 
@@ -612,7 +613,6 @@ RIGHTLY_REFUSED = {  # the beginning of the message: where it may be said
     "nothing to quantize": lambda s: {*s.options["targets"]} < {"wte", "embed_tokens", "embed_in", "head", "lm_head"},
     "no layer fits targets=('lm_head',)": lambda s: s.kind == "classifier",
     "gradient checkpointing drops past_key_values": lambda s: s.technique == "prefix" and "check" in s.wrapper,
-    "left padding moves the prefix": lambda s: (s.kind, s.technique) == ("mistral", "prefix") and "padded" in s.traits,
     "add LoRA to the plain model, then wrap it": lambda s: s.wrapper == "dataparallel inside",
     "add adapters to the plain model, then wrap it": lambda s: s.wrapper == "dataparallel inside",
     "the model is ": lambda s: s.technique in SOFT and s.wrapper in ("dataparallel inside", "compile model inside"),

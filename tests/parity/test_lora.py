@@ -536,7 +536,7 @@ TASKS = {
     "RobertaForSequenceClassification": (SMALL, ("query",), TOKENS, "SEQ_CLS", ["classifier"]),
     "DistilBertForSequenceClassification": (
         dict(vocab_size=64, dim=32, hidden_dim=48, n_layers=1, n_heads=2), ("q_lin",), TOKENS, "SEQ_CLS",
-        ["classifier"],
+        ["pre_classifier", "classifier"],
     ),
     "BartForSequenceClassification": (BART, ("q_proj",), TOKENS, "SEQ_CLS", None),
     "BertForTokenClassification": (SMALL, "all-linear", TOKENS, "TOKEN_CLS", ["classifier"]),
