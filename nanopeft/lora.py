@@ -54,8 +54,8 @@ With it, LoRA forgets less than full fine-tuning, and learns less (arXiv 2405.09
 Pitfalls:
   * Merging rounds W + ΔW to W's dtype, which loses small updates though the sum is in fp32. With bf16 weights of RMS
     0.036 and an update of RMS 1e-4, 52 % of the weights do not change and the error is 50 % of the update.
-  * Subtracting s · B A after a merge does not restore W's bits. unmerge_lora puts back a copy: until remove_lora the
-    weights take twice the memory and state_dict() has each unmerged_weight. While merged, A and B get no gradient.
+  * Subtracting s · B A after a merge does not restore W's bits. unmerge_lora puts back a copy: while merged, weights
+    take twice the memory, state_dict() has each unmerged_weight, and A and B get no gradient.
   * A tied weight (GPT-2's embedding and head) cannot be merged at one end: the other end would change too.
   * Two adapters merged into one W add up, ΔW₁ + ΔW₂, and may disturb each other.
 

@@ -89,6 +89,12 @@ def test_prompts_and_prefixes_have_the_same_lines():
         assert one == other
 
 
+def test_lora_and_adapters_have_the_same_lines():
+    """lora.py and adapter.py name modules and put layers in place by the same lines."""
+    for name in ("bare", "bare_names", "replace"):
+        assert inspect.getsource(getattr(lora, name)) == inspect.getsource(getattr(adapter, name))
+
+
 def test_parts_that_were_given_apart_are_noticed():
     """Two parts of a model that each got LoRA or adapters have layers of one name: an Error, and nothing left out."""
     for technique, add in ((lora, lora.add_lora), (adapter, partial(adapter.add_adapter, targets=["0"], bottleneck=2))):

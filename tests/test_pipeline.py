@@ -11,17 +11,12 @@ import math
 import os
 import pickle
 import re
-import select
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-import traceback
 import weakref
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -34,6 +29,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import test_zero
 
 from nanopeft import gpt, lora, pipeline, prefix, prompt, qlora
 from nanopeft.adamw import AdamW
@@ -408,85 +406,10 @@ def simulate(m, schedule, forward, backward):
 # ---------------------------------------------------------------------------------------------------------- processes
 
 
-def serve(sockets):
-    """Forks a worker for each socket: reads (job, arguments, settings, rank, world, store), answers (error, result)."""
-    torch.set_num_threads(1)
-    mine = next((fd for fd in sockets[1:] if os.fork() == 0), sockets[0])
-    for fd in set(sockets) - {mine}:  # or the socket of a worker that dies stays open in the others
-        os.close(fd)
-    file = socket.socket(fileno=mine).makefile("rwb")
-    while True:
-        try:
-            name, arguments, how, rank, world, path = pickle.load(file)
-        except EOFError:
-            return
-        store = dist.FileStore(path, world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=LIMIT))
-        try:
-            answer = None, globals()[name](*arguments, **how)
-        except Exception:
-            answer = f"rank {rank}: {traceback.format_exc()}", None
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        pickle.dump(answer, file)
-        file.flush()
-
-
-class Ranks:
-    """Four workers; `job(world, name, ...)` gives the result of each rank."""
-
-    def __init__(self):
-        self.server, self.folder = None, tempfile.TemporaryDirectory()
-
-    def start(self):
-        self.sockets, theirs = zip(*(socket.socketpair() for _ in range(4)))
-        self.files = [own.makefile("rwb") for own in self.sockets]
-        fds = [other.fileno() for other in theirs]
-        self.server = subprocess.Popen(
-            [sys.executable, __file__, "serve", *map(str, fds)], pass_fds=fds, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DIST_INIT_BARRIER": "1"},
-        )  # fmt: skip
-        for other in theirs:
-            other.close()
-
-    def stop(self):
-        if self.server:
-            os.killpg(self.server.pid, signal.SIGKILL)
-            self.server.wait()
-            self.server = None
-
-    def job(self, world, name, *arguments, **how):
-        if not self.server:
-            self.start()
-        path = tempfile.mktemp(dir=self.folder.name)
-        for rank, file in enumerate(self.files[:world]):
-            pickle.dump((name, arguments, how, rank, world, path), file)
-            file.flush()
-        deadline, answers, files = time.monotonic() + LIMIT, {}, dict(zip(self.sockets[:world], self.files))
-        while len(answers) < world:
-            ready, _, _ = select.select([*files], [], [], max(0, deadline - time.monotonic()))
-            if not ready:
-                break
-            for own in ready:
-                rank = self.sockets.index(own)
-                try:
-                    answers[rank] = pickle.load(files.pop(own))
-                except (EOFError, ConnectionError, pickle.UnpicklingError):
-                    answers[rank] = f"rank {rank} died", None
-            if any(error for error, _ in answers.values()):
-                deadline = min(deadline, time.monotonic() + 10)  # the others wait for the one that failed: not for long
-        errors = [error for error, _ in answers.values() if error]
-        if len(answers) < world or any(error.endswith(" died") for error in errors):
-            self.stop()
-            errors = errors or [f"{name} on {world} ranks did not end in {LIMIT} s"]
-        if errors:
-            raise RuntimeError("\n".join(errors))
-        return [answers[rank][1] for rank in range(world)]
-
-
 @pytest.fixture(scope="module")
 def ranks():
-    pool = Ranks()
+    pool = test_zero.Ranks(__file__)
+    pool.patience = 10  # for each to say which rank it waited for
     yield pool
     pool.stop()
     pool.folder.cleanup()
@@ -852,4 +775,4 @@ def test_demonstration():
 
 
 if __name__ == "__main__":
-    serve(list(map(int, sys.argv[2:])))
+    test_zero.serve(list(map(int, sys.argv[2:])), globals())

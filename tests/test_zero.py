@@ -914,6 +914,8 @@ def serve(sockets, jobs):
 class Ranks:
     """Four workers; `job(world, name, ...)` gives the result of each rank of a function in `file`."""
 
+    patience = 3  # seconds that the others get when one has failed: they mostly wait for it
+
     def __init__(self, file):
         self.file, self.server, self.folder = file, None, tempfile.TemporaryDirectory()
 
@@ -953,7 +955,7 @@ class Ranks:
                 except (EOFError, ConnectionError, pickle.UnpicklingError):
                     answers[self.sockets.index(own)] = f"rank {self.sockets.index(own)} died", None
             if any(error for error, _ in answers.values()):
-                deadline = min(deadline, time.monotonic() + 3)  # the others wait for the one that failed: not for long
+                deadline = min(deadline, time.monotonic() + self.patience)
         errors = [error for error, _ in answers.values() if error]
         if len(answers) < world or any(error.endswith(" died") for error in errors):
             self.stop()
