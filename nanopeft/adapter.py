@@ -52,8 +52,9 @@ Which to choose? For one task LoRA: it is as small, and merged it costs nothing.
 unmerged model and latency at small batches does not matter. Fusion, where adapters of related tasks exist and the
 target task has little data: there its paper gained most, and elsewhere little over one adapter.
 Pitfalls: cast the model before add_adapter, not after, or the adapters are cast too. Add fusion_penalty to the loss. A
-new head is frozen and not stored, unless modules_to_save names it. With [P] or fusion, output_hidden_states of most
-models in transformers lacks A(u), but for the last: hook the layers of adapter_layers(model) instead.
+new head of another name than classifier, score or qa_outputs must be in modules_to_save, or it stays frozen and is not
+stored. With [P] or fusion, output_hidden_states of most models in transformers lacks A(u), but for the last: hook the
+layers of adapter_layers(model) instead.
 A parallel adapter (2110.04366) stands beside its sublayer, x + MLP(LN x) + s A(x), and did better there at equal size.
 Prompt tuning, P-tuning and prefix-tuning take up context. The whole family in one table: nanopeft/__init__.py
 Papers: adapters, arXiv 1902.00751, section 2.1; AdapterFusion, arXiv 2005.00247, section 3.2.
