@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from nanopeft import data
-from nanopeft.trainer import Error, checkpoint
+from nanopeft.trainer import Error, bases
 from nanopeft.trainer.methods import METHODS
 from nanopeft.trainer.process import DTYPES
 
@@ -53,7 +53,7 @@ def add_flags(add):
     rates = ", ".join(f"{name} {method.defaults['lr']:g}" for name, method in METHODS.items())
     add("--method", choices=[*METHODS, "all"], default="lora", help="what is trained; all: one after another (lora)")
     add("--precision", choices=[*DTYPES], default="fp32", help="type of the base's weights and the arithmetic (fp32)")
-    names = ", ".join(checkpoint.HUB)
+    names = ", ".join(bases.HUB)
     add("--base", default="nano", help=f"nano, scratch (nano untrained), a folder, {names} (nano)")
     add("--data", default="reference", help=f"{', '.join(data.TASKS)}, or a .txt or .jsonl file (reference)")
     add("--rank", type=int, help=f"lora, qlora: rank r of the update {default('lora', 'rank')}")
@@ -128,8 +128,8 @@ def check_out(args):
     """What a run reads must not be what it writes: --resume and other methods would read something else."""
     outs = [Path(args.out)] if args.method != "all" else [Path(args.out, name) for name in (*METHODS, "scratch")]
     reads = [("--adapters", folder) for folder in getattr(args, "adapters", None) or []]
-    if args.base not in checkpoint.HUB or os.path.isdir(args.base):
-        reads.append(("--base", checkpoint.find_checkpoint("nano" if args.base == "scratch" else args.base)))
+    if args.base not in bases.HUB or os.path.isdir(args.base):
+        reads.append(("--base", bases.find_checkpoint("nano" if args.base == "scratch" else args.base)))
     reads += [("--data", args.data)] * args.data.endswith(".txt")
     for flag, name in reads:
         for path in (*outs, *(out / "merges.txt" for out in outs)):  # full leaves a tokenizer

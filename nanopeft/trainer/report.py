@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from nanopeft import adapter, memory, zero
-from nanopeft.trainer import Failure, checkpoint, measure
+from nanopeft.trainer import Failure, bases, checkpoint, measure
 from nanopeft.trainer.methods import METHODS
 
 # ---------------------------------------------------------------------------------------------------- time and memory
@@ -206,7 +206,7 @@ def compare(args, given):
     shared = {f"--{name.replace('_', '-')}": getattr(args, name) for name in sorted(given - {"method", "out"})}
     shared = [flag if value is True else f"{flag}={value}" for flag, value in shared.items()]
     runs = {name: ["--method", name] for name in METHODS if name != "fusion"}
-    if args.base not in checkpoint.HUB:  # scratch has nano's shape and tokenizer: GPT-2's nats mean something else
+    if args.base not in bases.HUB:  # scratch has nano's shape and tokenizer: GPT-2's nats mean something else
         runs["scratch"] = ["--method", "full", "--base", "scratch"]
     # A fusion is of adapters of several tasks: this one, and one more
     other = "reference" if args.data == "modules" else "modules"
