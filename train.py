@@ -6,7 +6,9 @@
     python train.py --method full --base gpt2 --data mine.txt   your text, and a model from the hub
     python train.py --method all --data modules                 every method, one table and one figure
     python train.py --method lora --resume                      go on where an interrupted run stopped
+    python train.py --from out/lora --data more.txt --out out/2 more training of what was trained
     python train.py --generate out/lora --prompt "The import"   text from what was trained
+    python train.py --merge out/lora --out merged               a whole model, with what was trained in its weights
     torchrun --nproc_per_node 2 train.py --method full --zero 2  two processes that share the optimizer and gradients
 
 A run leaves in out/METHOD/ what was trained, in peft's format (adapter, fusion: in one like it, for peft lacks them;
@@ -27,10 +29,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from nanopeft import data, recompute
-from nanopeft.trainer import Error, Failure, arguments, checkpoint, methods, process, report
+from nanopeft import recompute
+from nanopeft.trainer import Error, Failure, arguments, bases, checkpoint, files, generation, methods, process, report
 from nanopeft.trainer.engine import Engine, storage_dtype
-from nanopeft.trainer.evaluate import accuracy, count_labels, evaluate, first_words, sample
+from nanopeft.trainer.evaluate import accuracy, count_labels, evaluate, mean_loss
 
 
 def main():
@@ -38,10 +40,13 @@ def main():
     if args.method == "all":
         return report.compare(args, given)
     ranks = process.start(args)
+    if args.merge is not None:
+        with checkpoint.claim(args.out):
+            return methods.merge(args.merge, args.out, process.DTYPES[args.precision], ranks.device, args.force)
     precision = process.computing_precision(args.precision, ranks)
     if args.generate is not None:
         model, encoding = methods.load(args.generate, process.DTYPES[precision], ranks.device, args.force)
-        return print(sample(model, encoding, args.prompt or "", ranks.device, args.seed))
+        return generation.answer(model, encoding, args, ranks.device)
     with checkpoint.claim(args.out, ranks.rank):
         fine_tune(args, precision, ranks)
 
@@ -53,43 +58,53 @@ def fine_tune(args, precision, ranks):
     process.settle_kernels()
 
     # Data: token ids, and labels that say which of them are scored
+    ranks.say(f"{args.method}, {precision}, {device}: {args.base} learns {', '.join(args.data)}")
     encoding = methods.load_tokenizer(args.base)
-    train, valid = data.load(args.data, encoding, args.length)
-    for line in methods.remarks(train, valid, encoding):
+    train, valid = files.load(args.data, encoding, args.length, valid=args.valid, pack=args.pack)
+    for line in methods.remarks(train, valid, encoding, args):
         ranks.say(line)
-    opening = args.prompt if args.prompt is not None else first_words(valid)
+    valid = valid.head(args.valid_tokens)
+    opening = generation.opening(args, encoding, valid)
+    per_step = args.batch * args.accumulate
+    if args.epochs is not None:
+        args.steps = math.ceil(args.epochs * train.steps_per_epoch(per_step))
+    args.eval_every = args.eval_every or max(1, math.ceil(args.steps / 10))
 
     # Base: the pretrained model
     meter = report.Meter(device, began)
     base = methods.load_base(args.base, encoding, storage_dtype(args, dtype), device)
-    base_size = sum(p.numel() for p in base.parameters())
+    base_size, blocks = sum(p.numel() for p in base.parameters()), bases.blocks(base)
+    if args.pack and not bases.packs(base):
+        raise Error(f"--pack: {args.base} does not keep examples of one row apart by their positions; leave it out")
 
     # Method: freezes the base and adds what is trained
     model = methods.add(base, args, encoding, train)
     methods.fit_data(model, args, encoding, train, valid)
-    penalty = methods.METHODS[args.method].penalty
+    method = methods.METHODS[args.method]
     counts = methods.count(args.method, base_size, model)
     checksums = methods.checksums(args, base, train, valid)
     if args.recompute:
-        recompute.recompute(base.transformer.h, args.recompute)
+        recompute.recompute(blocks, args.recompute)
     if args.compile:
-        for block in base.transformer.h:
+        for block in blocks:
             block.compile()
 
     # Engine: one process, ZeRO or FSDP. backward adds gradients up; step sums them over ranks, clips their norm,
     # updates by AdamW unless it is inf or NaN, and clears them; whole gathers sharded weights (FSDP: in a new model)
     rebuild = lambda: methods.add(methods.load_base(args.base, encoding, dtype, device), args, encoding, train)  # noqa: E731
-    engine = Engine(args, model, base.transformer.h, dtype, rebuild)
+    engine = Engine(args, model, blocks, dtype, rebuild)
 
     # Evaluate the untouched model, or go on where an earlier run stopped
     progress = resume(args, state, checksums, engine, ranks)
+    ranks.say(f"{counts['trained_parameters']:,} of {counts['total_parameters']:,} parameters are trained")
+    # What is evaluated on the way: a quarter of the tokens trained on in between, which takes a tenth of the time
+    watched = valid.head(max(2048, args.eval_every * per_step * args.length // 4))
     if progress.step == 0:
         with engine.whole() as complete:
             progress.before = examine(args, complete, valid, encoding, opening, ranks, "before any step")
-    ranks.say(f"{args.method}, {precision}, {device}: {args.base} learns {args.data}")
-    ranks.say(f"{counts['trained_parameters']:,} of {counts['total_parameters']:,} parameters are trained")
+            progress.note(evaluate(complete, watched, ranks)[0] if watched is not valid else progress.before["loss"])
+        checkpoint.set_aside(state, ranks)
     ranks.say(f"state saved every {args.save_every} steps to {state}")
-    checkpoint.set_aside(state, progress, ranks)
     meter.lap(progress)
 
     # Loop: one optimizer step after the other
@@ -98,18 +113,21 @@ def fine_tune(args, precision, ranks):
     bar = tqdm(total=args.steps, initial=progress.step, unit="step", smoothing=0.05, disable=rank > 0)
     with process.signals() as stop, bar:
         for step in range(progress.step, args.steps):
+            if progress.is_stuck(args.patience):
+                break
             # 1. Sample. The seed is of the step's number, so --resume draws what a run without a break would have drawn
             torch.manual_seed(args.seed * 1_000_003 + step)
-            batches = [train.sample(args.batch) for _ in range(args.accumulate)]
-            scored = sum(count_labels(labels) for _, labels in batches)
+            first = step * per_step
+            batches = [train.sample(args.batch, i, args.seed) for i in range(first, first + per_step, args.batch)]
+            scored = sum(count_labels(labels) for _, labels, *_ in batches)
             with step_memory.step(step, batches[0][0].size(1)):
                 # 2. Forward and backward. The loss is the mean over all scored tokens of the step, whatever share of
                 # them is in each rank and micro-batch
                 loss = 0.0
-                for ids, labels in batches:
-                    ids, labels = ids[rank::world], labels[rank::world]
-                    part = model(ids.to(device), labels=labels.to(device)).loss * (count_labels(labels) / scored)
-                    objective = part + penalty(model) / args.accumulate / world
+                for batch in batches:
+                    rows = [t[rank::world] for t in batch]
+                    part = mean_loss(model, rows, device) * (count_labels(rows[1]) / scored)
+                    objective = part + method.penalty(model) / args.accumulate / world
                     step_memory.after_forward()
                     engine.backward(objective)
                     loss += part.item()
@@ -122,12 +140,22 @@ def fine_tune(args, precision, ranks):
             # 4. Log
             progress.step += 1
             progress.losses.append(loss)
-            progress.tokens += sum(ids.numel() for ids, _ in batches)
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            progress.tokens += sum(ids.numel() for ids, *_ in batches)
+            bar.set_postfix(loss=f"{loss:.3f}", validation=f"{progress.curve[-1][1]:.3f}", refresh=False)
             bar.update()
-            # 5. Save. A signal may come to one rank first
+            # 5. Evaluate, and keep the best
+            last, better = progress.step == args.steps, False
+            if progress.step % args.eval_every == 0 or last:
+                meter.lap(progress, training=True)
+                with engine.whole() as complete:
+                    better = progress.note(evaluate(complete, watched, ranks)[0])
+                    if better and args.keep == "best" and rank == 0:
+                        methods.save(complete, encoding, args, out, checksums["base"])
+                        progress.kept = checkpoint.checksum_of(out)
+                meter.lap(progress)
+            # 6. Save, always after a better one: both are then of one run. A signal may come to one rank first
             stopped = ranks.sum(len(stop)) > 0
-            if stopped or progress.step % args.save_every == 0 or progress.step == args.steps:
+            if stopped or better or last or progress.step % args.save_every == 0:
                 meter.lap(progress, training=True)
                 save(model, engine, progress, state, batches[-1], ranks)
             if stopped and progress.step < args.steps:
@@ -135,17 +163,20 @@ def fine_tune(args, precision, ranks):
 
     # Evaluate what was trained, and save it
     with engine.whole() as complete:
-        methods.METHODS[args.method].discard(complete)
+        method.discard(complete)
+        if args.keep == "best" and progress.best_step < progress.step:
+            methods.restore(complete, args, out, progress, ranks)
         after = examine(args, complete, valid, encoding, opening, ranks, f"after step {progress.step}")
         meter.lap(progress)
-        if rank == 0:
+        if rank == 0 and args.steps > 0:
             counts |= methods.save(complete, encoding, args, out, checksums["base"])
     if world > 1:
         dist.destroy_process_group()
 
     # Report
     if rank == 0:
-        report.finish(args, precision, progress, counts, after, step_memory)
+        rates = [learning_rate(step, args) for step in range(progress.step)]
+        report.finish(args, precision, progress, counts, after, step_memory, rates, train.chat)
 
 
 def learning_rate(step, args):
@@ -161,8 +192,8 @@ def examine(args, model, valid, encoding, opening, ranks, when):
     loss, bits = evaluate(model, valid, ranks)
     if not math.isfinite(loss):
         raise Failure(f"loss {loss} {when}: {args.base} is damaged or needs more bits, or --lr is too large")
-    right = accuracy(model, valid, ranks) if args.data == "modules" else None
-    text = sample(model, encoding, opening, ranks.device, args.seed) if ranks.rank == 0 else ""
+    right = accuracy(model, valid, ranks) if args.accuracy or args.data == ["modules"] else None
+    text = generation.sample(model, encoding, opening, ranks.device, args.seed) if ranks.rank == 0 else ""
     return {"loss": loss, "bits": bits, "accuracy": right, "sample": text}
 
 
@@ -176,8 +207,8 @@ def check(loss, norm, progress, state):
 @torch.no_grad()
 def save(model, engine, progress, state, batch, ranks):
     """Saves all that --resume needs, after one more loss: weights that a step has ruined must not replace good ones."""
-    ids, labels = (t[ranks.rank :: ranks.world].to(ranks.device) for t in batch)
-    check(ranks.sum(model(ids, labels=labels).loss.item()), 0.0, progress, state)
+    rows = [t[ranks.rank :: ranks.world] for t in batch]
+    check(ranks.sum(mean_loss(model, rows, ranks.device).item()), 0.0, progress, state)
     states = engine.state_dict()
     progress.loss_scale, progress.clean, progress.skipped = engine.loss_scale, engine.clean, engine.skipped
     if ranks.rank == 0:

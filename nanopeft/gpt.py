@@ -152,6 +152,7 @@ class GPT(nn.Module):
         """The call of a Hugging Face causal LM: returns the loss if there are labels, and the logits (B, T, V) if not.
 
         attention_mask (B, S): 1 for tokens, 0 for padding on either side; a padded row gives what it gives alone.
+        position_ids (T,) or (B, T): where they do not go up by one, a packed row's next example begins (data.py).
         past_key_values: a KVCache or transformers' DynamicCache, extended in place. labels (B, T): unshifted.
         logits_to_keep: logits of so many last positions only; 0 means of all.
         """
@@ -207,16 +208,18 @@ class KVCache:
 
 @torch.no_grad()
 def generate(model, input_ids, max_new_tokens=64, *, attention_mask=None, temperature=0.0, top_k=None,
-             eos_token_id=None, generator=None):  # fmt: skip
+             eos_token_id=None, generator=None, stream=None):  # fmt: skip
     """The prompt and up to `max_new_tokens` more tokens (B, T + n), from any model with this calling convention.
 
     temperature 0: the likeliest token. Otherwise it is drawn from softmax(logits / temperature), of the top_k likeliest
-    if given (not here: top-p, the fewest of total probability p). A row that has ended is filled with eos_token_id.
+    if given (not here: top-p, the fewest of total probability p). A row that has ended is filled with eos_token_id (of
+    several, with the first). stream: called with each step's tokens (B, 1).
     """
     if not temperature >= 0 or (top_k is not None and top_k < 1):
         raise Error(f"temperature must be at least 0 and top_k at least 1, not {temperature} and {top_k}")
     step, cache = input_ids, None  # the first step reads the whole prompt, each later one a single token
     done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    ends = None if eos_token_id is None else torch.tensor(eos_token_id, device=input_ids.device).flatten()
     for _ in range(max_new_tokens):
         out = model(step, attention_mask=attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits, cache = out.logits[:, -1].float(), out.past_key_values  # (B, V)
@@ -229,9 +232,11 @@ def generate(model, input_ids, max_new_tokens=64, *, attention_mask=None, temper
             if not logits.amax(-1).isfinite().all():
                 raise Error("the model's logits are inf or NaN: its weights are damaged, or the training diverged")
             step = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-        if eos_token_id is not None:
-            step[done] = eos_token_id
-            done |= step[:, 0] == eos_token_id
+        if ends is not None:
+            step[done] = ends[0]
+            done |= torch.isin(step[:, 0], ends)
+        if stream is not None:
+            stream(step)
         input_ids = torch.cat((input_ids, step), 1)
         if attention_mask is not None:
             attention_mask = torch.cat((attention_mask, torch.ones_like(step)), 1)
@@ -310,15 +315,21 @@ def positions_and_mask(position_ids, attention_mask, past, x, limit):
     s, t = torch.arange(S, device=x.device), torch.arange(past, S, device=x.device)
     if attention_mask is not None and attention_mask.size(1) != S:
         raise Error(f"attention_mask is {attention_mask.size(1)} wide, not {S}: it covers the past as well")
+    packed = False
     if position_ids is None:
         position_ids = t if attention_mask is None else (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+    elif attention_mask is None and past == 0 and position_ids.dim() == 2:
+        example = F.pad(position_ids.diff() != 1, (1, 0)).cumsum(1)  # (B, T), the number of the example in its row
+        packed = example[:, -1].any()
     if S > limit and position_ids.max() >= limit:  # in this order: max() makes the host wait for a GPU
         raise Error(f"{position_ids.max() + 1} tokens do not fit the model's {limit} positions")
-    if attention_mask is None and (past == 0 or T == 1):
+    if attention_mask is None and (past == 0 or T == 1) and not packed:
         return position_ids, None  # is_causal gives query t keys 0..t; after a past it needs 0..past + t (T = 1: all)
     mask = s <= t[:, None]  # (T, S)
     if attention_mask is not None:  # padding sees itself: softmax over nothing is NaN
         mask = (mask & attention_mask[:, None, None].bool()) | (s == t[:, None])  # (B, 1, T, S)
+    if packed:  # each example sees itself alone
+        mask = mask & (example[:, None, :, None] == example[:, None, None])  # (B, 1, T, T)
     return position_ids, mask
 
 

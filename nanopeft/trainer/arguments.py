@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nanopeft import data
-from nanopeft.trainer import Error, bases
-from nanopeft.trainer.methods import METHODS
+from nanopeft.trainer import Error, bases, files
+from nanopeft.trainer.methods import METHODS, Adapter
 from nanopeft.trainer.process import DTYPES
+
+VALID_TOKENS = 1 << 18
 
 
 def refuse(message):
@@ -26,36 +27,59 @@ def parse(description):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
     parser.error = refuse  # one line instead of the whole usage
-    add_flags(parser.add_argument)
+    add_flags(parser)
     args = parser.parse_args()
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    if args.start is not None:
+        go_on_from(args, given)
     check_method(args, given)
     check_ranks(args)
     check_device(args)
     args.out = args.out or f"out/{args.method}"
     defaults = METHODS[args.method].defaults if args.method != "all" else {}
     vars(args).update(defaults | {name: x for name, x in vars(args).items() if x is not None})
-    if args.generate is None:
+    if args.generate is None and args.merge is None:
         check_out(args)
     return args, given
 
 
+def go_on_from(args, given):
+    """--from: the method, its settings and the base are the earlier run's."""
+    if not os.path.exists(Path(args.start, "adapter_config.json")):
+        raise Error(f"--from {args.start}: no adapter_config.json there; to go on from a whole model give it as --base")
+    earlier = Adapter(args.start)
+    for name, value in (("method", earlier.method), ("base", earlier.base)):
+        if name in given and getattr(args, name) != value:
+            raise Error(f"--{name} {getattr(args, name)}: the run of {args.start} had {value}; leave it out")
+        setattr(args, name, value)
+    if own := given & (METHODS[args.method].defaults.keys() - {"lr"}):
+        raise Error(f"--from brings the adapter's own settings: leave out {', '.join(sorted(own))}")
+
+
 def settings(args):
     """{flag: value} of all that changes what a run computes: a state goes on with the same ones alone."""
-    no_result = ("out", "resume", "force", "save_every", "recompute", "generate", "zero", "offload", "fsdp", "debug")
+    no_result = {"out", "resume", "force", "save_every", "recompute", "zero", "offload", "fsdp", "debug"}
+    no_result |= {*MODES, *MODES["generate"]} - {"prompt", "seed"}
     return {name: value for name, value in vars(args).items() if name not in no_result}
 
 
-def add_flags(add):
+MODES = {  # what train.py does instead of training, and the flags for it
+    "generate": ("prompt", "prompts", "raw", "temperature", "top_k", "max_new_tokens", "samples", "seed"),
+    "merge": ("out",),
+}
+
+
+def add_flags(parser):
     def default(method, option):
         return f"({METHODS[method].defaults[option]})"
 
     rates = ", ".join(f"{name} {method.defaults['lr']:g}" for name, method in METHODS.items())
+    add = parser.add_argument_group("what is trained, and how its numbers are kept").add_argument
     add("--method", choices=[*METHODS, "all"], default="lora", help="what is trained; all: one after another (lora)")
     add("--precision", choices=[*DTYPES], default="fp32", help="type of the base's weights and the arithmetic (fp32)")
-    names = ", ".join(bases.HUB)
-    add("--base", default="nano", help=f"nano, scratch (nano untrained), a folder, {names} (nano)")
-    add("--data", default="reference", help=f"{', '.join(data.TASKS)}, or a .txt or .jsonl file (reference)")
+    names = "nano, scratch (nano untrained), a folder, gpt2, or a causal LM of the Hugging Face hub by its name"
+    add("--base", default="nano", help=f"{names} (nano)")
+    add("--from", dest="start", metavar="FOLDER", help="start from the adapter that an earlier run left")
     add("--rank", type=int, help=f"lora, qlora: rank r of the update {default('lora', 'rank')}")
     add("--alpha", type=float, help=f"lora, qlora: the update is scaled by alpha / r {default('lora', 'alpha')}")
     names = f"lora, qlora: ends of layer names, with commas between {default('lora', 'targets')}"
@@ -71,52 +95,100 @@ def add_flags(add):
     add("--init", help=f"prompt: random, vocabulary, labels, or a text to start from {default('prompt', 'init')}")
     add("--encoder", choices=["lstm", "mlp"], help=f"ptuning: what makes the vectors {default('ptuning', 'encoder')}")
     add("--template", help='ptuning: where the vectors go, as in "[P][P]{source}[P]" (in front)')
-    add("--steps", type=int, default=300, help="optimizer steps (300)")
-    add("--batch", type=int, default=16, help="examples in a micro-batch (16)")
-    add("--accumulate", type=int, default=1, help="micro-batches in a step (1)")
+
+    add = parser.add_argument_group("data").add_argument
+    tasks = f"{', '.join(files.TASKS)}; or files: .txt, .jsonl, folders of .txt"
+    add("--data", nargs="+", default=["reference"], metavar="NAME", help=f"{tasks} (reference)")
+    add("--valid", nargs="+", metavar="FILE", help="data to validate on (a tenth of --data)")
     add("--length", type=int, help="tokens in an example, at most (128, and 256 for modules and .jsonl)")
+    add("--pack", action="store_true", help="join short examples into full rows; each attends to itself alone")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=int, help="optimizer steps (300); 0: evaluate only")
+    add("--epochs", type=float, help="passes over the training data, instead of --steps")
+    add("--batch", type=int, default=16, help="rows in a micro-batch (16)")
+    add("--accumulate", type=int, default=1, help="micro-batches in a step (1)")
     add("--lr", type=float, help=f"peak of the learning rate ({rates})")
-    add("--weight-decay", type=float, default=0.0, help="of the weight matrices (0)")
+    add("--weight-decay", type=float, default=0.01, help="AdamW's decay of matrices (0.01)")
     add("--clip", type=float, default=1.0, help="largest norm of a gradient (1)")
     add("--seed", type=int, default=0, help="of initialization, batches and samples (0)")
+
+    add = parser.add_argument_group("validation").add_argument
+    add("--eval-every", type=int, metavar="N", help="steps from one evaluation to the next (a tenth of them)")
+    most = f"most tokens to validate on, before and after ({VALID_TOKENS:,}); on the way a quarter of those trained on"
+    add("--valid-tokens", type=int, default=VALID_TOKENS, metavar="N", help=most)
+    add("--keep", choices=["best", "last"], default="best", help="which step's numbers the run leaves (best)")
+    add("--patience", type=int, metavar="N", help="stop after N evaluations without a lower loss (never)")
+    add("--accuracy", action="store_true", help="of .jsonl: the share of answers that are right to the letter")
+
+    add = parser.add_argument_group("files").add_argument
+    add("--out", help="folder of the results (out/METHOD)")
+    add("--save-every", type=int, default=100, help="steps from one saved state to the next (100)")
+    add("--resume", action="store_true", help="go on from the state in the folder of the results, if there is one")
+    changed = "go on though the data or the base changed since, with --resume, --from, --generate, --merge or a fusion"
+    add("--force", action="store_true", help=changed)
+    add("--merge", metavar="FOLDER", help="do not train: write the base with this LoRA in its weights to --out")
+    add("--debug", action="store_true", help="show where in the program an error came from")
+
+    add = parser.add_argument_group("generation").add_argument
+    add("--generate", metavar="FOLDER", help="do not train: go on from --prompt with what was trained in this folder")
+    as_typed = r"what samples go on from; -: standard input. \n stays as typed: in bash a new line is $'one\ntwo'"
+    add("--prompt", help=as_typed)
+    add("--prompts", metavar="FILE", help="a prompt on each line")
+    add("--raw", action="store_true", help="no chat template around the prompt")
+    add("--temperature", type=float, default=0.8, help="0: the likeliest token; 1: as the model has it (0.8)")
+    add("--top-k", type=int, default=20, metavar="K", help="draw from the K likeliest tokens (20)")
+    add("--max-new-tokens", type=int, default=80, metavar="N", help="most tokens of a text (80)")
+    add("--samples", type=int, default=1, metavar="N", help="texts for each prompt (1)")
+
+    add = parser.add_argument_group("device, and several processes under torchrun").add_argument
     cuda = torch.cuda.is_available()
     add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda, cuda:1, mps (cuda if there is one)")
-    add("--zero", type=int, help="under torchrun: ZeRO's stage, 0 to 3; each rank takes its share of every batch")
-    add("--fsdp", action="store_true", help="under torchrun: PyTorch's own fully_shard instead of zero.py")
-    add("--offload", choices=["cpu", "disk"], help="with --zero: where master copies and moments are kept")
     every = "recompute every K-th block's activations in backward: less memory, more time (1)"
     add("--recompute", type=int, nargs="?", const=1, metavar="K", help=every)
     add("--compile", action="store_true", help="torch.compile each decoder block, and AdamW (not --fsdp's)")
-    add("--save-every", type=int, default=100, help="steps from one saved state to the next (100)")
-    add("--out", help="folder of the results (out/METHOD)")
-    add("--resume", action="store_true", help="go on from the state in the folder of the results, if there is one")
-    changed = "go on though the data or the base changed since, with --resume, --generate or adapters of a fusion"
-    add("--force", action="store_true", help=changed)
-    add("--prompt", help="what the samples go on from (the start of the validation data)")
-    add("--generate", metavar="FOLDER", help="do not train: go on from --prompt with what was trained in this folder")
-    add("--debug", action="store_true", help="show where in the program an error came from")
+    add("--zero", type=int, help="ZeRO's stage, 0 to 3; each rank takes its share of every batch")
+    add("--offload", choices=["cpu", "disk"], help="with --zero: where master copies and moments are kept")
+    add("--fsdp", action="store_true", help="PyTorch's own fully_shard instead of zero.py")
 
 
 def check_method(args, given):
     """Flags that do not belong to the method, and numbers out of range."""
-    idle = given - {"generate", "force", "prompt", "precision", "device", "seed", "debug"}
-    if args.generate is not None and idle:
-        raise Error(f"--generate does not train: leave out {', '.join(sorted(idle))}")
+    for mode, flags in MODES.items():
+        idle = given - {mode, "precision", "device", "force", "debug", *flags}
+        if getattr(args, mode) is not None and idle:
+            raise Error(f"--{mode} does not train: leave out {', '.join(sorted(idle))}")
+    if args.generate is None and (idle := given & set(MODES["generate"]) - {"prompt", "seed"}):
+        raise Error(f"--{min(idle).replace('_', '-')} belongs to --generate")
+    if args.merge is not None and args.out is None:
+        raise Error("--merge needs --out: the folder that the merged model is written to")
     for name in sorted(given):
         owners = [method for method in METHODS if name in METHODS[method].defaults]
         if owners and args.method == "all":
             raise Error(f"--{name} differs from method to method: leave it out with --method all")
         if owners and args.method not in owners:
             raise Error(f"--{name} belongs to --method {', '.join(owners)}")
-    if args.force and args.generate is None and not args.resume and args.method != "fusion":
-        raise Error("--force is for --resume, --generate and --method fusion: leave it out")
-    if args.method == "fusion" and not args.adapters:
+    reads_adapter = (args.generate, args.merge, args.start) != (None, None, None)
+    if args.force and not reads_adapter and not args.resume and args.method != "fusion":
+        raise Error("--force is for --resume, --from, --generate, --merge and --method fusion: leave it out")
+    if args.method == "fusion" and not args.adapters and args.start is None:
         raise Error("--method fusion needs --adapters: folders that runs of --method adapter left")
     if args.base == "scratch" and args.method != "full":
         raise Error("--base scratch has learned nothing that could be kept frozen: use --method full")
+    if args.pack and args.method in ("prefix", "prompt", "ptuning", "all"):
+        raise Error("--pack joins examples into a row, and prefix, prompt, ptuning have their vectors once in a row")
+    if args.prompt is not None and args.prompts is not None:
+        raise Error("--prompt and --prompts both say what to go on from: give one of them")
+    if args.epochs is not None and args.steps is not None:
+        raise Error("--steps and --epochs both say how long: give one of them")
+    if args.steps is None and args.epochs is None:
+        args.steps = 300
     if args.length is None:
-        args.length = 256 if args.data == "modules" or args.data.endswith(".jsonl") else 128
-    least = dict(steps=1, batch=1, accumulate=1, length=2, save_every=1, recompute=1, lr=0, weight_decay=0, clip=0)
+        args.length = 256 if args.data == ["modules"] or args.data[0].endswith(".jsonl") else 128
+    least = dict(
+        steps=0, epochs=0, batch=1, accumulate=1, length=2, save_every=1, eval_every=1, valid_tokens=1, patience=1,
+        recompute=1, lr=0, weight_decay=0, clip=0, temperature=0, top_k=1, max_new_tokens=1, samples=1,
+    )  # fmt: skip
     for name in [name for name in least if name in given and not least[name] <= getattr(args, name) < math.inf]:
         number = f"at least {least[name]} and finite"
         raise Error(f"--{name.replace('_', '-')} must be {number}, not {getattr(args, name)}")
@@ -128,9 +200,9 @@ def check_out(args):
     """What a run reads must not be what it writes: --resume and other methods would read something else."""
     outs = [Path(args.out)] if args.method != "all" else [Path(args.out, name) for name in (*METHODS, "scratch")]
     reads = [("--adapters", folder) for folder in getattr(args, "adapters", None) or []]
-    if args.base not in bases.HUB or os.path.isdir(args.base):
-        reads.append(("--base", bases.find_checkpoint("nano" if args.base == "scratch" else args.base)))
-    reads += [("--data", args.data)] * args.data.endswith(".txt")
+    reads.append(("--base", args.base if os.path.isdir(args.base) else bases.find_checkpoint("nano")))
+    reads += [("--from", args.start)] * (args.start is not None)
+    reads += [("--data", path) for path in args.data if path.endswith(".txt")]
     for flag, name in reads:
         for path in (*outs, *(out / "merges.txt" for out in outs)):  # full leaves a tokenizer
             if os.path.exists(path) and os.path.exists(name) and os.path.samefile(path, name):

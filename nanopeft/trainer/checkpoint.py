@@ -120,6 +120,21 @@ class Progress:
     clean: int = 0  # steps since the loss scale was changed
     skipped: int = 0  # steps on which fp16 overflowed
     before: dict = field(default_factory=dict)  # loss, bits per byte, accuracy and a sample of the untouched base
+    curve: list = field(default_factory=list)  # [step, nats per token] of each evaluation on the way
+    best_step: int = 0  # of the lowest loss of these
+    kept: str = ""  # checksum of the files that hold its numbers
+
+    def note(self, loss):
+        """Adds an evaluation to the curve. Whether its loss is the lowest of those after step 0."""
+        lowest = min((past for step, past in self.curve if step), default=math.inf)
+        self.curve.append([self.step, loss])
+        if better := self.step > 0 and loss < lowest:
+            self.best_step = self.step
+        return better
+
+    def is_stuck(self, patience):
+        """Whether the last `patience` evaluations were no better than one before."""
+        return patience is not None and sum(step > self.best_step for step, _ in self.curve) >= patience
 
     def go_on_with(self, checksums, world):
         """Takes what the run goes on with in the place of what it had; yields a line on each difference."""
@@ -144,6 +159,16 @@ def checksum(tensors, text):
     return f"{total:08x}"
 
 
+def checksum_of(folder):
+    """Of the files with weights in a folder, an adapter's or a whole model's."""
+    total = 0
+    for path in sorted(folder.glob("*model*.safetensors")):
+        with open(path, "rb") as file:
+            while part := file.read(1 << 24):
+                total = zlib.crc32(part, total)
+    return f"{total:08x}"
+
+
 def save_state(path, progress, states):
     """states: {parameter name: {"master", "m", "v": tensor}}, as an engine's state_dict gives them."""
     tensors = {f"{key} {name}": t for name, kept in states.items() for key, t in kept.items() if torch.is_tensor(t)}
@@ -153,15 +178,18 @@ def save_state(path, progress, states):
     write(path, lambda new: save_file(tensors, new, metadata=metadata))
 
 
-def set_aside(path, progress, ranks):
-    """Gives the state of a run that has not ended another name, where a new run would replace it."""
+def set_aside(path, ranks):
+    """Makes place for a new run: the state of one that has not ended gets another name, that of a finished one goes."""
+    if ranks.rank > 0 or not path.exists():
+        return
     result = path.with_name("result.json")
-    ended = result.exists() and path.exists() and result.stat().st_mtime >= path.stat().st_mtime
-    if path.exists() and not ended and progress.step == 0 and ranks.rank == 0:
-        names = (path.with_name(f"state-{n}.safetensors") for n in itertools.count(1))
-        kept = next(name for name in names if not name.exists())
-        os.replace(path, kept)
-        ranks.say(f"the state of a run that did not end is kept as {kept}; as {path.name}, --resume goes on from it")
+    if result.exists() and result.stat().st_mtime >= path.stat().st_mtime:
+        path.unlink()
+        return ranks.say(f"{path.parent} holds a finished run, which this one replaces")
+    names = (path.with_name(f"state-{n}.safetensors") for n in itertools.count(1))
+    kept = next(name for name in names if not name.exists())
+    os.replace(path, kept)
+    ranks.say(f"the state of a run that did not end is kept as {kept}; as {path.name}, --resume goes on from it")
 
 
 def load_state(path, settings, shapes, checksums, force):

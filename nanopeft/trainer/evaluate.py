@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""What a model is worth: its loss, the share of right completions, and a text that one can read."""
+"""What a model is worth: its loss, and the share of right completions."""
 
-import codecs
 import math
-import sys
 
 import torch
 from tqdm import tqdm
 
-from nanopeft import data, gpt
-from nanopeft.trainer import Error
-from nanopeft.trainer.methods import apply_template, free_positions
+from nanopeft import gpt
+from nanopeft.trainer.methods import free_positions
 
 
 def count_labels(labels):
     """How many tokens are scored: position t predicts labels[:, t + 1]."""
     return (labels[:, 1:] != -100).sum().item()
+
+
+def mean_loss(model, batch, device):
+    """The mean over the scored tokens of a batch. Positions of packed rows say where an example begins."""
+    ids, labels, *positions = (t.to(device) for t in batch)
+    return model(ids, labels=labels, **({"position_ids": positions[0]} if positions else {})).loss
 
 
 @torch.no_grad()
@@ -24,9 +27,9 @@ def evaluate(model, examples, ranks):
     model.eval()
     nats, tokens = 0.0, 0
     batches = list(examples.batches(32))[ranks.rank :: ranks.world]
-    for ids, labels in tqdm(batches, desc="validation", leave=False, delay=1, disable=ranks.rank > 0):
-        n = count_labels(labels)
-        nats += model(ids.to(ranks.device), labels=labels.to(ranks.device)).loss.item() * n
+    for batch in tqdm(batches, desc="validation", leave=False, delay=1, disable=ranks.rank > 0):
+        n = count_labels(batch[1])
+        nats += mean_loss(model, batch, ranks.device).item() * n
         tokens += n
     model.train()
     nats, tokens = ranks.sum(nats), ranks.sum(tokens)
@@ -39,7 +42,7 @@ def count_bytes(examples):
     Nats per token depend on the tokenizer: longer tokens are harder to guess, but there are fewer. Bits per byte
     compare any two models on one text: 2.46 nats a token at 3.28 bytes each are 2.46 / ln 2 / 3.28 = 1.08.
     """
-    encoding, scored = examples.encoding, torch.cat([labels[labels != -100] for _, labels in examples.batches(32)])
+    encoding, scored = examples.encoding, torch.cat([labels[labels != -100] for _, labels, *_ in examples.batches(32)])
     return sum(map(len, encoding.decode_tokens_bytes(scored[scored != encoding.eot_token].tolist())))
 
 
@@ -61,28 +64,3 @@ def accuracy(model, examples, ranks):
         right += sum(text[: len(c)] == c for text, (_, c) in zip(texts, items))
     model.train()
     return ranks.sum(right) / len(examples.items)
-
-
-def first_words(examples):
-    """The start of the data, as a prompt for a sample: the first words, or the first pair's prompt."""
-    if isinstance(examples, data.TokenStream):
-        return examples.encoding.decode(examples.tokens[1:17].tolist()).rstrip("\ufffd")  # the rest of a character
-    prompt, _ = examples.items[0]
-    return examples.encoding.decode(prompt[1:]).lstrip("\ufffd")
-
-
-def sample(model, encoding, text, device, seed):
-    """The text and what the model makes of it, up to 80 tokens drawn from the 20 likeliest at each place."""
-    model.eval()
-    ids = apply_template(model, [encoding.eot_token, *encoding.encode_ordinary(text)], encoding)
-    left = free_positions(model) - len(ids)
-    if left < 1:
-        raise Error(f"--prompt has {len(ids)} tokens; {free_positions(model) - 1} are the most")
-    if left < 80:
-        print(f"the prompt takes {len(ids)} of {free_positions(model)} positions: {left} are left", file=sys.stderr)
-    ids = torch.tensor([ids], device=device)
-    torch.manual_seed(seed)
-    ids = gpt.generate(model, ids, min(80, left), temperature=0.8, top_k=20, eos_token_id=encoding.eot_token)
-    model.train()
-    words = [i for i in ids[0].tolist() if 0 <= i < encoding.n_vocab and i != encoding.eot_token]  # no virtual tokens
-    return codecs.getincrementaldecoder("utf-8")("replace").decode(encoding.decode_bytes(words))  # whole characters

@@ -38,11 +38,6 @@ def lora_settings(args, *_):
     return {"targets": args.targets, "r": args.rank, "alpha": args.alpha}
 
 
-def qlora_config(model):
-    stored = next(m for m in model.modules() if isinstance(m, qlora.QuantizedLinear))
-    return lora.lora_config(model) | {"base_quantization": stored.quant_type}  # ours alone: peft passes over it
-
-
 def fusion_settings(args, encoding, train, model):
     adapters = []
     for folder in args.adapters:
@@ -57,7 +52,8 @@ def prompt_settings(args, encoding, train, model):
     init = args.init
     if init == "labels":
         if isinstance(train, data.TokenStream):
-            raise Error(f"--init labels needs completions, and {args.data} has none: use modules or a .jsonl file")
+            what = f"--init labels needs completions, and {', '.join(args.data)} has none"
+            raise Error(f"{what}: use modules or a .jsonl file")
         init = [i for text in sorted({tuple(c) for _, c in train.items}) for i in text if i != train.pad]
     elif init not in ("random", "vocabulary"):
         init = encoding.encode_ordinary(init)
@@ -74,7 +70,7 @@ METHODS = {
     "qlora": Method(
         {"lr": 5e-3, "rank": 8, "alpha": 16.0, "targets": "all-linear", "quant": "nf4"},
         qlora.add_qlora, lambda args, *_: lora_settings(args) | {"quant_type": args.quant}, (), None,
-        lora.lora_state_dict, qlora_config, lora.load_lora_state_dict,
+        lora.lora_state_dict, lora.lora_config, lora.load_lora_state_dict,
     ),
     "adapter": Method(
         {"lr": 5e-3, "placement": "pfeiffer", "reduction": 8},
@@ -109,19 +105,21 @@ METHODS = {
 
 
 def load_tokenizer(base):
-    return tokenizer.load_tokenizer(bases.find_checkpoint("nano" if base == "scratch" else base))
+    return bases.load_tokenizer("nano" if base == "scratch" else base)
 
 
 def load_base(base, encoding, dtype, device):
     """The model, with a checksum of what it is stored as, its tokenizer included."""
     if base == "scratch":
-        model = gpt.GPT(vocab_size=encoding.n_vocab)
+        model = gpt.GPT(vocab_size=encoding.n_vocab).to(dtype)
         model.checksum = base
-        return model.to(device, dtype)
-    model = bases.load_gpt(base, dtype)
-    if encoding.n_vocab > model.config.vocab_size:
-        raise Error(f"{base} has a tokenizer of {encoding.n_vocab} tokens, and a model of {model.config.vocab_size}")
-    model.checksum += f"{zlib.crc32(b' '.join(encoding._mergeable_ranks)):08x}"
+    else:
+        model = bases.load_base(base, dtype)
+    size = len(model.get_input_embeddings().weight)
+    if encoding.n_vocab > size:
+        raise Error(f"{base} has a tokenizer of {encoding.n_vocab} tokens, and a model of {size}")
+    if isinstance(model, gpt.GPT):
+        model.checksum += f"{zlib.crc32(b' '.join(encoding._mergeable_ranks)):08x}"
     return model.to(device)
 
 
@@ -146,7 +144,7 @@ def checksums(args, base, train, valid):
     return found
 
 
-def remarks(train, valid, encoding):
+def remarks(train, valid, encoding, args):
     """Lines on what the data has that a user may not expect."""
     if n := train.n_truncated + valid.n_truncated:
         yield f"{n:,} examples have more than {train.length} tokens and were cut"
@@ -154,15 +152,24 @@ def remarks(train, valid, encoding):
         texts = (encoding.decode(split.tokens[split.tokens != encoding.eot_token].tolist()) for split in (train, valid))
         if n := sum(text.count(tokenizer.ENDOFTEXT) for text in texts):
             yield f"{tokenizer.ENDOFTEXT} stands {n:,} times in the data: it is read as text, and ends no document"
+    elif len({tuple(item[1]) for item in train.items}) == 1:
+        yield "all examples have the same answer: there is nothing to tell apart"
+    if valid.n_leaked:
+        yield f"{valid.n_leaked:,} pieces of the validation data are in training too, and were left out"
+    if valid.head(args.valid_tokens) is not valid:
+        yield f"validation takes {args.valid_tokens:,} tokens, evenly spread over the data: --valid-tokens"
 
 
 def add(model, args, encoding, train):
-    """The model with what the method trains; all else is frozen."""
+    """The model with what the method trains, all else frozen; with --from it starts from what that run has learned."""
     method = METHODS[args.method]
-    if "rank" in method.defaults and args.rank > model.config.n_embd:
-        width = f"the model's width, {model.config.n_embd}"
-        raise Error(f"--rank {args.rank} is above {width}: no update has a rank above it")
-    model = method.add(model, **method.settings(args, encoding, train, model))
+    if args.start is not None:
+        model = Adapter(args.start).put_on(model, args.base, args.force)
+    else:
+        if "rank" in method.defaults and args.rank > bases.width(model):
+            width = f"the model's width, {bases.width(model)}"
+            raise Error(f"--rank {args.rank} is above {width}: no update has a rank above it")
+        model = method.add(model, **method.settings(args, encoding, train, model))
     if not any(p.numel() for p in model.parameters() if p.requires_grad):
         raise Error(f"--template {args.template!r} has no [P], so there is nothing to train")
     return model
@@ -172,61 +179,111 @@ def count(method, base_size, model):
     """Numbers of parameters, before an engine shards them. A fusion has frozen adapters too."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = max(base_size + trained * (method != "full"), sum(p.numel() for p in model.parameters()))
-    return {"trained_parameters": trained, "total_parameters": total}
+    return {"trained_parameters": trained, "total_parameters": total, "stored_parameters": 0, "stored_bytes": 0}
 
 
 def save(model, encoding, args, folder, base_checksum):
-    """Writes what was trained, full: a GPT-2 checkpoint. The numbers and bytes on the disk."""
+    """Writes what was trained, full: the whole model. The numbers and bytes on the disk."""
     method = METHODS[args.method]
-    if method.state_dict is not None:
+    if method.state_dict is None:
+        files = save_whole(model, encoding, folder)
+        stored = sum(p.numel() for p in model.parameters())
+    else:
         config = method.config(model) | {"base_model_name_or_path": args.base, "task_type": "CAUSAL_LM"}
         state, files = method.state_dict(model), ("adapter_config.json", "adapter_model.safetensors")
+        if args.method == "qlora":
+            config["base_quantization"] = quantization(model)  # ours alone: peft passes over it
         checkpoint.save_adapter(folder, state, config, base_checksum)
-        return {"stored_parameters": sum(t.numel() for t in state.values()), "stored_bytes": size_of(folder, files)}
+        stored = sum(t.numel() for t in state.values())
+    return {"stored_parameters": stored, "stored_bytes": sum((folder / name).stat().st_size for name in files)}
+
+
+def quantization(model):
+    return next(m.quant_type for m in model.modules() if isinstance(m, qlora.QuantizedLinear))
+
+
+def save_whole(model, encoding, folder):
+    """Writes a model that transformers opens, with its tokenizer. The names of the files."""
     try:
-        bases.save_gpt(model, folder)
-        tokenizer.save_tokenizer(encoding, folder)
+        files = bases.save_base(model, encoding, folder)
         (folder / "adapter_config.json").unlink(missing_ok=True)  # of an earlier run: load would open it
     except (OSError, SafetensorError) as error:
         raise Failure(f"{folder} cannot be written: {error}; --resume writes it again") from None
-    files = ("config.json", "model.safetensors", "vocab.json", "merges.txt")
-    stored = sum(p.numel() for p in model.parameters())
-    return {"stored_parameters": stored, "stored_bytes": size_of(folder, files)}
+    return files
 
 
-def size_of(folder, files):
-    return sum((folder / name).stat().st_size for name in files)
+def restore(model, args, folder, progress, ranks):
+    """Puts the numbers of the best step, which save wrote, back into the model, if no other run wrote over them."""
+    method = METHODS[args.method]
+    if not ranks.sum(int(ranks.rank == 0 and checkpoint.checksum_of(folder) == progress.kept)):
+        args.keep = "last"
+        ranks.say(f"{folder} no longer holds the numbers of step {progress.best_step}, the best: the last are kept")
+    elif method.load:
+        method.load(model, checkpoint.read_adapter(folder)[1])
+    else:
+        model.load_state_dict(bases.load_base(str(folder), next(model.parameters()).dtype).state_dict())
+
+
+class Adapter:
+    """An adapter's folder, ours or peft's: the method, its settings, the name of the base, the trained numbers."""
+
+    def __init__(self, folder):
+        self.folder, path = folder, Path(folder, "adapter_config.json")
+        config, self.state, self.base_checksum = checkpoint.read_adapter(folder)
+        kind, self.base = config.get("peft_type"), config.get("base_model_name_or_path")
+        self.method = next((name for name, method in METHODS.items() if kind in method.peft_types), None)
+        if self.method is None:
+            raise Error(f"{path} has peft_type {kind!r}, which is none of the methods here")
+        if not isinstance(self.base, str):
+            raise Error(f"{path} does not say which base it is for: base_model_name_or_path")
+        self.settings = METHODS[self.method].read_config(config)
+        if "base_quantization" in config:
+            self.method, self.settings = "qlora", self.settings | {"quant_type": config["base_quantization"]}
+
+    def put_on(self, model, base, force):
+        """The model with the adapter."""
+        check_base(self.folder, self.base_checksum, base, model, force)
+        method = METHODS[self.method]
+        model = method.add(model, **self.settings)
+        method.load(model, self.state)
+        return model
+
+    def check_shapes(self):
+        """Error for what does not fit its base, which here has shapes alone and takes no memory."""
+        method = METHODS["lora" if self.method == "qlora" else self.method]
+        settings = {name: value for name, value in self.settings.items() if name != "quant_type"}
+        method.load(method.add(bases.load_shapes(self.base), **settings), self.state)
 
 
 def load(folder, dtype, device, force=False):
-    """(model, tokenizer) from what save wrote, or from an adapter of peft's on one of the bases here."""
-    folder = Path(folder)
-    if not os.path.exists(folder / "adapter_config.json"):
-        if not os.path.exists(folder / "config.json"):
-            unfinished = os.path.exists(folder / "state.safetensors")
+    """(model, tokenizer) of what a run has left: a whole model, or an adapter, ours or peft's, on its base."""
+    if not os.path.exists(Path(folder, "adapter_config.json")):
+        if not os.path.exists(Path(folder, "config.json")):
+            unfinished = os.path.exists(Path(folder, "state.safetensors"))
             raise Error(f"{folder} holds nothing trained" + ": --resume finishes the run" * unfinished)
-        encoding = load_tokenizer(str(folder))
-        return load_base(str(folder), encoding, dtype, device), encoding
-    config, state, base_checksum = checkpoint.read_adapter(folder)
-    kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
-    method = next((method for method in METHODS.values() if kind in method.peft_types), None)
-    if method is None:
-        raise Error(f"{folder / 'adapter_config.json'} has peft_type {kind!r}, which is none of the methods here")
-    if not isinstance(base, str):
-        raise Error(f"{folder / 'adapter_config.json'} does not say which base it is for: base_model_name_or_path")
-    settings = method.read_config(config)
-    # First on a base of shapes alone: what does not fit it is refused before it takes any memory
-    with torch.device("meta"):
-        shapes = gpt.GPT(**bases.read_config(bases.find_checkpoint(base) / "config.json"))
-    method.load(method.add(shapes, **settings), state)
-    if "base_quantization" in config:
-        method, settings = METHODS["qlora"], settings | {"quant_type": config["base_quantization"]}
-    encoding = load_tokenizer(base)
-    model = load_base(base, encoding, dtype, device)
-    check_base(folder, base_checksum, base, model, force)
-    model = method.add(model, **settings)
-    method.load(model, state)
-    return model, encoding
+        encoding = bases.load_tokenizer(folder)
+        return load_base(folder, encoding, dtype, device), encoding
+    adapter = Adapter(folder)
+    adapter.check_shapes()
+    encoding = bases.load_tokenizer(adapter.base)
+    return adapter.put_on(load_base(adapter.base, encoding, dtype, device), adapter.base, force), encoding
+
+
+def merge(folder, out, dtype, device, force):
+    """Writes the base with what an adapter has learned in its weights: a whole model, as transformers opens it."""
+    if not os.path.exists(Path(folder, "adapter_config.json")):
+        raise Error(f"--merge {folder}: no adapter_config.json there, so nothing to merge into a base")
+    kind = Adapter(folder).method
+    if kind not in MERGE:
+        raise Error(f"--merge {folder}: {kind} cannot be merged: {UNMERGEABLE[kind]}; load it beside its base instead")
+    model, encoding = load(folder, dtype, device, force)
+    return save_whole(lora.remove_lora(MERGE[kind](model)), encoding, Path(out))
+
+
+MERGE = {"lora": lora.merge_lora, "qlora": qlora.merge_qlora}
+UNMERGEABLE = dict.fromkeys(("adapter", "fusion"), "its layers are not linear") | dict.fromkeys(
+    ("prefix", "prompt", "ptuning"), "its vectors are input of the model and change no weight"
+)
 
 
 # ------------------------------------------------------------------------------------- virtual tokens beside the text
@@ -243,17 +300,19 @@ def apply_template(model, ids, encoding):
 def free_positions(model):
     """How many tokens may be given to the model: virtual tokens in front of the input take positions too."""
     in_front = 0 if getattr(model, "template", None) else getattr(model, "n_tokens", 0)
-    return model.config.n_positions - in_front
+    return bases.positions(model) - in_front
 
 
 def fit_data(model, args, encoding, *splits):
     """Puts P-tuning's template around the prompts of the data. Error if an example would not fit the model."""
+    if args.accuracy and isinstance(splits[0], data.TokenStream):
+        raise Error(f"--accuracy is of answers, and {', '.join(args.data)} is plain text: leave it out")
     if getattr(model, "template", None) is not None:
         if isinstance(splits[0], data.TokenStream):
-            raise Error(f"--template goes around a prompt, and {args.data} has none: leave it out")
+            raise Error(f"--template goes around a prompt, and {', '.join(args.data)} has none: leave it out")
         for split in splits:
             split.items = [(apply_template(model, prompt, encoding), rest) for prompt, rest in split.items]
     left = free_positions(model) - len(apply_template(model, [encoding.eot_token], encoding)) + 1
     if args.length > left:
-        positions = f"{model.config.n_positions} positions"
+        positions = f"{bases.positions(model)} positions"
         raise Error(f"--length {args.length} does not fit: of the model's {positions} {left} are left for the text")

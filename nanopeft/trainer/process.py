@@ -86,9 +86,11 @@ def computing_precision(precision, ranks):
 
 @contextmanager
 def signals():
-    """A list that Ctrl-C and SIGTERM put something into, so that the step under way can end first."""
+    """A list that Ctrl-C, SIGTERM and a closed terminal put something into, so that the step under way can end first."""
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}  # Windows has no SIGHUP
+    heard = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]  # nohup ignores it
     received = []
-    handlers = {n: signal.signal(n, lambda n, _: received.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {n: signal.signal(n, lambda n, _: received.append(n)) for n in heard}
     try:
         yield received
     finally:

@@ -99,6 +99,8 @@ def predict(model, args, precision, length):
 
     Nothing for what it does not know: targets outside of the blocks, adapters of several widths in a fusion.
     """
+    if vars(model.config).get("model_type") != "gpt2" or args.start is not None:
+        return {}  # of shapes or settings that memory.py has not
     how = {name: vars(args)[name] for name in memory.SETTINGS[args.method] if name in vars(args)}
     if args.method in ("adapter", "fusion"):
         widths = {m.down.out_features for m in model.modules() if isinstance(m, adapter.Adapter)}
@@ -121,25 +123,26 @@ def predict(model, args, precision, length):
 # ------------------------------------------------------------------------------------------------------------- one run
 
 
-def finish(args, precision, progress, counts, after, step_memory):
-    """Writes result.json and loss.png, and prints what happened."""
+def finish(args, precision, progress, counts, after, step_memory, rates, chat):
+    """Writes result.json and loss.png, and prints what happened. chat: whether the data are conversations."""
     out, before = Path(args.out), progress.before
     result = {
         "method": args.method, "precision": args.precision, "computed_in": precision, "base": args.base,
-        "data": args.data, "steps": args.steps, **counts,
+        "data": args.data, "chat": chat, "steps": progress.step, "best_step": progress.best_step, "keep": args.keep,
+        **counts,
         "loss_before": before["loss"], "loss_after": after["loss"],
         "bits_per_byte_before": before["bits"], "bits_per_byte_after": after["bits"],
         "accuracy_before": before["accuracy"], "accuracy_after": after["accuracy"],
-        "tokens_per_second": progress.tokens / progress.training_seconds, "peak_memory_bytes": progress.peak or None,
+        "tokens_per_second": progress.tokens / max(1e-9, progress.training_seconds), "peak_memory_bytes": progress.peak or None,
         "seconds": progress.seconds, "skipped_steps": progress.skipped, "ranks": progress.world,
         "predicted_bytes": step_memory.predicted, "measured_bytes": step_memory.measured,
         "sent_elements": step_memory.sent,
         "python": platform.python_version(), "torch": torch.__version__, "settings": progress.settings,
-        "losses": progress.losses,
+        "losses": progress.losses, "validation": progress.curve,
     }  # fmt: skip
     checkpoint.write(out / "result.json", json.dumps(result, indent=2).encode())
-    title = f"{'scratch' if args.base == 'scratch' else args.method} on {escape(args.data)}"
-    checkpoint.write(out / "loss.png", lambda path: plot(path, progress.losses, before["loss"], after["loss"], title))
+    title = f"{'scratch' if args.base == 'scratch' else args.method} on {drawable(', '.join(args.data))}"
+    checkpoint.write(out / "loss.png", lambda path: plot(path, progress, rates, title))
 
     for when, figures in (("before", before), ("after", after)):
         text = textwrap.indent(figures["sample"].strip(), "    | ", lambda line: True)
@@ -148,6 +151,9 @@ def finish(args, precision, progress, counts, after, step_memory):
     print(f"\nparameters   {trained:,} trained, {stored:,} stored, {total:,} in all ({trained / total:.2%})")
     print(f"loss         {before['loss']:.3f} before, {after['loss']:.3f} after, in nats per token of validation data")
     print(f"             {before['bits']:.3f} before, {after['bits']:.3f} after, in bits per byte")
+    if progress.best_step < progress.step:
+        kept = f"step {progress.best_step}, the best, is kept" if args.keep == "best" else "the last step is kept"
+        print(f"validation   lowest after step {progress.best_step} of {progress.step}: {kept}")
     if after["accuracy"] is not None:
         print(f"accuracy     {before['accuracy']:.1%} before, {after['accuracy']:.1%} after")
     print(f"speed        {result['tokens_per_second']:,.0f} tokens/s, {progress.seconds:.0f} s in all")
@@ -173,27 +179,38 @@ def smooth(losses):
     return [sum(r) / len(r) for r in recent]
 
 
-def escape(name):
-    """A name as matplotlib's font can show it: a Chinese character would be a box, and a dollar begin a formula."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
+def drawable(name):
+    """A name as matplotlib can show it, by a font that is there, or escaped. A dollar would begin a formula."""
+    from matplotlib import rcParams
+    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
-    known = get_font(findfont(FontProperties())).get_charmap()
-    return "".join(c if ord(c) in known else ascii(c)[1:-1] for c in name).replace("$", r"\$")
+    known, usual = get_font(findfont(FontProperties())).get_charmap(), rcParams["font.family"][:1]
+    if missing := {ord(c) for c in name} - {*known}:
+        for font in fontManager.ttflist:
+            if missing <= {*get_font(font.fname).get_charmap()}:
+                rcParams["font.family"], missing = [*usual, font.name], set()
+                break
+    return "".join(ascii(c)[1:-1] if ord(c) in missing else c for c in name).replace("$", r"\$")
 
 
-def plot(path, losses, before, after, title):
+def plot(path, progress, rates, title):
+    """The loss of each step and of each evaluation, and the learning rate."""
     from matplotlib.figure import Figure  # takes a second
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    steps = range(1, len(losses) + 1)
-    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.plot(steps, smooth(losses), color="tab:blue", label="training")
-    label = f"validation: {before:.2f} → {after:.2f}"
-    axes.plot([0, len(losses)], [before, after], "o--", color="tab:orange", label=label)
+    steps = range(1, progress.step + 1)
+    axes.plot(steps, progress.losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+    axes.plot(steps, smooth(progress.losses), color="tab:blue", label="training")
+    label = f"validation: {progress.curve[0][1]:.2f} → {min(loss for _, loss in progress.curve):.2f}"
+    axes.plot(*zip(*progress.curve), "o-", color="tab:orange", markersize=3, label=label)
+    axes.axvline(progress.best_step, color="tab:orange", linestyle=":", label=f"best: step {progress.best_step}")
     axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    right = axes.twinx()
+    right.plot(steps, rates, color="gray", linewidth=0.8, linestyle="--", label="learning rate")
+    right.set(ylabel="learning rate", ylim=(0, None))
+    axes.legend(*(a + b for a, b in zip(axes.get_legend_handles_labels(), right.get_legend_handles_labels())))
     figure.savefig(path, dpi=120, format="png")
 
 
@@ -203,22 +220,21 @@ def plot(path, losses, before, after, title):
 def compare(args, given):
     """--method all: each method in a process of its own, so that its peak of memory is its own; a table, a figure."""
     out = Path(args.out)
-    shared = {f"--{name.replace('_', '-')}": getattr(args, name) for name in sorted(given - {"method", "out"})}
-    shared = [flag if value is True else f"{flag}={value}" for flag, value in shared.items()]
-    runs = {name: ["--method", name] for name in METHODS if name != "fusion"}
-    if args.base not in bases.HUB:  # scratch has nano's shape and tokenizer: GPT-2's nats mean something else
-        runs["scratch"] = ["--method", "full", "--base", "scratch"]
+    shared = {name: getattr(args, name) for name in sorted(given - {"method", "out"})}
+    runs = {name: {"method": name} for name in METHODS if name != "fusion"}
+    if args.base == "nano":
+        runs["scratch"] = {"method": "full", "base": "scratch"}
     # A fusion is of adapters of several tasks: this one, and one more
-    other = "reference" if args.data == "modules" else "modules"
-    runs[f"adapter-{other}"] = ["--method", "adapter", "--data", other]
-    runs["fusion"] = ["--method", "fusion", "--adapters", f"{out}/adapter", f"{out}/adapter-{other}"]
+    other = "reference" if args.data == ["modules"] else "modules"
+    runs[f"adapter-{other}"] = {"method": "adapter", "data": [other], "valid": None, "accuracy": False}
+    runs["fusion"] = {"method": "fusion", "adapters": [f"{out}/adapter", f"{out}/adapter-{other}"]}
 
     results = {}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to pass it on
     with checkpoint.claim(out):
         for name, flags in runs.items():
             print(f"\n{name}", flush=True)
-            command = [sys.executable, sys.argv[0], *shared, *flags, "--out", f"{out}/{name}"]
+            command = [sys.executable, sys.argv[0], *as_flags(shared | flags | {"out": f"{out}/{name}"})]
             child = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # its report is in its result.json
             try:
                 code = child.wait()
@@ -235,8 +251,20 @@ def compare(args, given):
 
     quantity = "loss" if results["full"]["accuracy_after"] is None else "accuracy"
     checkpoint.write(out / "compare.json", json.dumps(results, indent=2).encode())
-    checkpoint.write(out / "compare.png", lambda path: plot_comparison(path, results, quantity, escape(args.data)))
+    checkpoint.write(out / "compare.png", lambda path: plot_comparison(path, results, quantity, drawable(', '.join(args.data))))
     print(f"\n{table(results, quantity)}\n\n{out}/compare.json, {out}/compare.png")
+
+
+def as_flags(settings):
+    """{name: value} as a command line has it."""
+    for name, value in settings.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, list):
+            yield from (flag, *value)
+        elif value is True:
+            yield flag
+        elif value not in (None, False):
+            yield f"{flag}={value}"
 
 
 def table(results, quantity):
