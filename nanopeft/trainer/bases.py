@@ -1,18 +1,28 @@
 # SPDX-License-Identifier: MIT
-"""The pretrained model that a run starts from: config.json and model.safetensors (its tokenizer: tokenizer.py)."""
+"""The pretrained model that a run starts from, a folder: our GPT-2, or any causal LM that transformers opens.
 
+    load_base, load_shapes, load_tokenizer, save_base       of a base of either kind
+    blocks, positions, width, packs                         what differs in name from model to model
+    load_gpt, save_gpt                                      GPT-2's config.json and model.safetensors
+
+The tokenizers are in tokenizer.py and huggingface.py, where transformers' models are opened as well.
+"""
+
+import inspect
 import json
 import math
 import os
+import re
 import zlib
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nanopeft import gpt
-from nanopeft.trainer import Error
+from nanopeft.trainer import Error, huggingface, tokenizer
 from nanopeft.trainer.checkpoint import bits, read_json, write
 
 HUB = {
@@ -20,6 +30,77 @@ HUB = {
     "gpt2-large": "openai-community/gpt2-large", "gpt2-xl": "openai-community/gpt2-xl",
     "distilgpt2": "distilbert/distilgpt2",
 }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ any base
+
+
+def load_base(name, dtype=torch.float32):
+    """Our GPT if it is a GPT-2, transformers' model if not. Its attribute checksum does not depend on dtype."""
+    folder = find_checkpoint(name)
+    return load_gpt(name, dtype) if is_gpt2(folder) else huggingface.load(folder, dtype)
+
+
+def load_shapes(name):
+    """The same model without numbers: what fits it is tried out before it takes memory."""
+    folder = find_checkpoint(name)
+    if not is_gpt2(folder):
+        return huggingface.load_shapes(folder)
+    with torch.device("meta"):
+        return gpt.GPT(**read_config(folder / "config.json"))
+
+
+def load_tokenizer(name):
+    folder = find_checkpoint(name)
+    return tokenizer.load_tokenizer(folder) if is_gpt2(folder) else huggingface.Tokenizer(folder)
+
+
+def save_base(model, encoding, folder):
+    """Writes a whole model that transformers opens, and returns the names of its files."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not isinstance(model, gpt.GPT):
+        return huggingface.save(model, encoding, folder)
+    tokenizer.save_tokenizer(encoding, folder)
+    save_gpt(model, folder)
+    return ["vocab.json", "merges.txt", "model.safetensors", "config.json"]
+
+
+def is_gpt2(folder):
+    return read_json(folder / "config.json").get("model_type") == "gpt2"
+
+
+def blocks(model):
+    """The decoder blocks: of the lists that are in no other list the largest."""
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    outer = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    return max(outer, key=lambda m: sum(p.numel() for p in m.parameters()))
+
+
+def text_config(model):
+    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+
+
+def positions(model):
+    """How many tokens the model can read at once; 2^30 if it sets no limit."""
+    names = ("n_positions", "max_position_embeddings", "max_seq_len")
+    return next(filter(None, (getattr(text_config(model), name, None) for name in names)), 1 << 30)
+
+
+def width(model):
+    """d, the size of what passes from block to block."""
+    return getattr(text_config(model), "hidden_size", None) or model.config.n_embd
+
+
+def packs(model):
+    """Whether several texts can stand in a row, each with positions from 0: then none sees the one before it."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    position_ids = torch.arange(4, device=model.device).repeat(2)[None]  # (1, 8)
+    return not huggingface.leaks(model, slice(0, 4), slice(4, 8), position_ids=position_ids)
+
+
+# --------------------------------------------------------------------------------------------------------------- GPT-2
 
 
 def load_gpt(name_or_dir="nano", dtype=torch.float32):
@@ -103,18 +184,22 @@ def find_checkpoint(name_or_dir):
     """The folder of a base: config.json, model.safetensors and, mostly, vocab.json and merges.txt."""
     if name_or_dir == "nano":
         return Path(gpt.__file__).parent / "base"
-    if name_or_dir in HUB and not os.path.isdir(name_or_dir):
+    on_hub = HUB.get(name_or_dir, name_or_dir if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name_or_dir)) else None)
+    if on_hub and not os.path.isdir(name_or_dir):
         files = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
+        if name_or_dir not in HUB:  # shards, other tokenizers and templates; nothing that is pickled
+            files = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
         try:
             from huggingface_hub import snapshot_download
             from huggingface_hub.errors import HTTPError  # of its HTTP client, whichever that is
 
-            return Path(snapshot_download(HUB[name_or_dir], allow_patterns=files))
+            return Path(snapshot_download(on_hub, allow_patterns=files))
         except ImportError:
             where = "is on the Hugging Face hub: pip install \"nanopeft[hub]\""
         except (OSError, ValueError, HTTPError) as error:
             where = f"cannot be fetched from the Hugging Face hub ({type(error).__name__}): go online"
-        raise Error(f"{name_or_dir} {where}, or give a folder that holds {', '.join(files)}")
+        here = "" if name_or_dir in HUB else "no folder here, and "
+        raise Error(f"{name_or_dir} {here}{where}, or give a folder that holds {', '.join(files)}")
     folder = Path(name_or_dir)
     if not os.path.isfile(folder / "config.json"):  # Path.is_file raises if the name is too long
         if os.path.isfile(folder / "adapter_config.json"):
@@ -122,8 +207,10 @@ def find_checkpoint(name_or_dir):
             makes = "merge_lora and save_gpt make a base of a LoRA"
             raise Error(f"{folder} is an adapter of the base {base!r} and no base itself: --base {base}, or {makes}")
         known = ", ".join(HUB)
-        raise Error(f"no base {str(folder)!r}: give nano, a folder with config.json and model.safetensors, or {known}")
-    read_config(folder / "config.json")  # before the tokenizer: a Llama's is another
+        forms = f"a folder with config.json and model.safetensors, {known}, or OWNER/MODEL on the Hugging Face hub"
+        raise Error(f"no base {str(folder)!r}: give nano, {forms}")
+    if is_gpt2(folder):
+        read_config(folder / "config.json")  # before its tokenizer
     return folder
 
 
