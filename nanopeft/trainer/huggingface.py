@@ -203,8 +203,8 @@ class Tokenizer:
 
     def decode_tokens_bytes(self, ids):
         parts = [self.pieces[i] for i in ids]
-        for k, before in enumerate((None, *ids[:-1])):
-            if self.adds_space and (before is None or before in self.special):  # a text starts here
+        for k in range(len(ids)):
+            if self.adds_space and (k == 0 or ids[k - 1] in self.special):  # a text starts here
                 parts[k] = parts[k].removeprefix(b" ")
         return parts
 
