@@ -364,7 +364,7 @@ def test_hub(folder, monkeypatch, tmp_path):
 
 CHAT = "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must " \
     "alternate') }}{% endif %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>" \
-    "{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}\n{% endfor %}{% if add_generation_prompt %}" \
+    "{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}" \
     "<|assistant|>\n{% endif %}"  # fmt: skip
 # As Qwen3's: the last answer has a thought, which is left out where another turn follows
 THOUGHTS = "{% for m in messages %}<|{{ m.role }}|>\n{% if loop.last and m.role == 'assistant' %}<think></think>" \
@@ -464,7 +464,7 @@ def test_tokens_at_the_edges(encodings):
 
 @BOTH
 def test_chat_scores_the_assistant_alone(encodings, kind):
-    """A conversation is transformers' own ids, scored where its mask of generated tokens is, each end token included."""
+    """A conversation is transformers' own ids, scored where its mask of generated tokens is, end tokens included."""
     ours, theirs = encodings(kind, CHAT)
     parts = ours.chat(TALK)
     expected = theirs.apply_chat_template(TALK, return_dict=True, return_assistant_tokens_mask=True)
