@@ -48,8 +48,7 @@ def from_folder(auto, folder, **options):
 
 
 def one_line(what, error):
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
-    return Error(f"{what}: {lines[0]}")
+    return Error(f"{what}: {(str(error).strip() or repr(error)).splitlines()[0]}")
 
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -128,7 +127,7 @@ def has_plain_head(model):
     head, seen = model.get_output_embeddings(), []
     if head is None:
         return False
-    ids = torch.arange(2, 10, device=model.device)[None] % head.weight.size(0)  # (1, 8)
+    ids = torch.arange(8, device=model.device)[None] % head.weight.size(0)  # (1, 8)
     model.train()  # some models add a loss of their own in training
     with head.register_forward_hook(lambda head, inputs, output: seen.append(output)):
         out = model(input_ids=ids, labels=ids)
