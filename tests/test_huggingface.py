@@ -159,15 +159,18 @@ def test_a_model_that_also_sees(tmp_path):
 
 
 def test_logits_are_never_whole():
-    """With a loss in chunks, autograd keeps less than a quarter of what it keeps with the model's own."""
+    """With a loss in chunks, the head makes 512 rows of logits at a time, and autograd keeps a quarter at most."""
     kept, ids = {}, torch.randint(4096, (4, 256))  # logits of 16.8 MB in fp32; the two blocks' activations are 2 MB
     model = new_model("llama", vocab_size=4096, max_position_embeddings=256)
     for name in ("own", "chunks"):
         if name == "chunks":
             bases.huggingface.with_loss(model)
-        with measure.saved_bytes([*model.parameters(), *model.buffers()]) as count:
+        rows = []
+        hook = model.lm_head.register_forward_hook(lambda head, inputs, y, rows=rows: rows.append(y[..., 0].numel()))
+        with hook, measure.saved_bytes([*model.parameters(), *model.buffers()]) as count:
             out = model(ids, labels=ids)
             kept[name] = count()
+        assert max(rows) == (1024 if name == "own" else 512)
         out.loss.backward()
     assert kept["chunks"] < kept["own"] / 4 and kept["own"] > 16e6
 
@@ -284,7 +287,8 @@ def test_checksum(folder, tmp_path):
 
 def test_models_that_are_no_base(tmp_path, folder):
     """What is of no causal LM, or not whole, or stored otherwise, is refused in one line that says what it is."""
-    assert type(bases.load_base(folder("llama"))).__name__ == "LlamaForCausalLM"
+    kind, theirs = type(bases.load_base(folder("llama"))), transformers.LlamaForCausalLM
+    assert [kind.__name__, kind.__module__] == [theirs.__name__, theirs.__module__]  # transformers reads both
     load = bases.load_base
 
     def config(**content):

@@ -106,10 +106,9 @@ def is_gpt2(folder):
 
 
 def blocks(model):
-    """The decoder blocks: of the lists that are in no other list the largest."""
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    outer = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
-    return max(outer, key=lambda m: sum(p.numel() for p in m.parameters()))
+    """The decoder blocks: the list of modules that has the most parameters."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
 
 
 def text_config(model):
