@@ -67,6 +67,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+# By name, the linear layer that ends attention, and the one that ends the MLP
+SUBLAYER_ENDS = r".*(attn|attention)\.(c_proj|o_proj|out_proj|dense)|.*(mlp\.c_proj|down_proj|4h_to_h|fc2|fc_out)"
+
 
 class Error(ValueError):
     """Wrong use of adapters; the message says what would be right."""
@@ -157,15 +160,15 @@ def add_adapter(
 ):
     """Freezes the model, wraps its target layers in place and returns it. Raises Error, with nothing changed, if wrong.
 
-    placement: "houlsby" wraps linear layers, by default ("attn.c_proj", "mlp.c_proj"), which end GPT-2's sublayers; a
-        Llama's are ("self_attn.o_proj", "mlp.down_proj"). "pfeiffer" wraps blocks, by default "blocks": all there are.
+    placement: "houlsby" wraps linear layers, by default those that end the sublayers of GPT-2, Llama and others, by
+        name. "pfeiffer" wraps blocks, by default "blocks": all there are.
     targets: ends of names, or one regular expression for the whole name, such as r"transformer\\.h\\.\\d+".
     reduction: m = d // reduction, by default 16; or bottleneck: m itself.
     activation: a name in torch.nn.functional (AdapterHub's silu for houlsby, relu for pfeiffer), or any function.
     modules_to_save: ends of names of modules that are trained in full and saved too; by default a classifier's new
         head, if it is called "classifier", "score" or "qa_outputs". Without adapters it stays as trained.
     """
-    defaults = {"houlsby": (("attn.c_proj", "mlp.c_proj"), "silu"), "pfeiffer": ("blocks", "relu")}
+    defaults = {"houlsby": (SUBLAYER_ENDS, "silu"), "pfeiffer": ("blocks", "relu")}
     if placement not in defaults:
         raise Error(f"placement must be houlsby or pfeiffer, not {placement!r}")
     targets = defaults[placement][0] if targets is None else targets

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shutil
 import zlib
 from pathlib import Path
 
@@ -30,15 +31,32 @@ HUB = {
     "gpt2-large": "openai-community/gpt2-large", "gpt2-xl": "openai-community/gpt2-xl",
     "distilgpt2": "distilbert/distilgpt2",
 }  # fmt: skip
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+             "chat_template.jinja")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ any base
 
 
 def load_base(name, dtype=torch.float32):
-    """Our GPT if it is a GPT-2, transformers' model if not. Its attribute checksum does not depend on dtype."""
+    """Our GPT if it is a GPT-2, else transformers' model. Its attribute checksum is of what is stored, in any dtype."""
     folder = find_checkpoint(name)
-    return load_gpt(name, dtype) if is_gpt2(folder) else huggingface.load(folder, dtype)
+    if is_gpt2(folder):
+        return load_gpt(name, dtype)
+    if not find_files(folder, WEIGHTS):
+        where = f"{folder} has no {WEIGHTS[0]}, and weights in other formats may run code when they are opened"
+        raise Error(f"{where}: open it in transformers, and save_pretrained writes one")
+    model, total = huggingface.load(folder, dtype), 0
+    for path in find_files(folder, ("config.json", *WEIGHTS, *TOKENIZER)):
+        total = zlib.crc32(path.name.encode(), total)
+        with open(path, "rb") as file:
+            while part := file.read(1 << 24):
+                total = zlib.crc32(part, total)
+    model.checksum = f"{total:08x}"
+    if leaks(model, slice(4, 8), slice(0, 4)):
+        raise Error(f"{folder} is no causal LM: a token's logits depend on later tokens")
+    return model
 
 
 def load_shapes(name):
@@ -57,13 +75,30 @@ def load_tokenizer(name):
 
 def save_base(model, encoding, folder):
     """Writes a whole model that transformers opens, and returns the names of its files."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not isinstance(model, gpt.GPT):
-        return huggingface.save(model, encoding, folder)
-    tokenizer.save_tokenizer(encoding, folder)
-    save_gpt(model, folder)
-    return ["vocab.json", "merges.txt", "model.safetensors", "config.json"]
+    folder, new = Path(folder), Path(folder, ".new")
+    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+    try:
+        if isinstance(model, gpt.GPT):
+            save_gpt(model, new)
+            tokenizer.save_tokenizer(encoding, new)
+        else:
+            model.save_pretrained(new)
+            encoding.inner.save_pretrained(new)
+        # Without config.json a folder is no base. It goes first and comes last, so that a base is there whole or not at
+        # all. Other files of the one before must not stay: transformers would read some in the place of new ones
+        (folder / "config.json").unlink(missing_ok=True)
+        for path in find_files(folder, ("generation_config.json", *WEIGHTS, *TOKENIZER)):
+            path.unlink()
+        names = sorted(os.listdir(new), key=lambda name: (name == "config.json", name))
+        for name in names:
+            os.replace(new / name, folder / name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return names
+
+
+def find_files(folder, patterns):
+    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
 
 def is_gpt2(folder):
@@ -71,10 +106,9 @@ def is_gpt2(folder):
 
 
 def blocks(model):
-    """The decoder blocks: of the lists that are in no other list the largest."""
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    outer = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
-    return max(outer, key=lambda m: sum(p.numel() for p in m.parameters()))
+    """The decoder blocks: the list of modules that has the most parameters."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
 
 
 def text_config(model):
@@ -93,11 +127,22 @@ def width(model):
 
 
 def packs(model):
-    """Whether several texts can stand in a row, each with positions from 0: then none sees the one before it."""
+    """Whether texts can stand in one row, each with positions from 0 on: then none sees the one before it."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
     position_ids = torch.arange(4, device=model.device).repeat(2)[None]  # (1, 8)
-    return not huggingface.leaks(model, slice(0, 4), slice(4, 8), position_ids=position_ids)
+    return not leaks(model, slice(0, 4), slice(4, 8), position_ids=position_ids)
+
+
+@torch.no_grad()
+def leaks(model, changed, seen, **options):
+    """Whether the logits in the places `seen` depend on the tokens in the places `changed`, of eight."""
+    ids = torch.arange(2, 10, device=model.device)[None] % model.get_input_embeddings().weight.size(0)  # (1, 8)
+    other = ids.clone()
+    other[:, changed] = ids.flip(1)[:, changed]
+    a, b = (model(input_ids=x, use_cache=False, **options).logits[:, seen].float() for x in (ids, other))
+    # Not 0 but rounding: a mixture of experts multiplies other numbers of rows
+    return ((a - b).abs().max() > 8 * torch.finfo(model.get_input_embeddings().weight.dtype).eps * a.abs().max()).item()
 
 
 # --------------------------------------------------------------------------------------------------------------- GPT-2
@@ -198,7 +243,7 @@ def find_checkpoint(name_or_dir):
             where = "is on the Hugging Face hub: pip install \"nanopeft[hub]\""
         except (OSError, ValueError, HTTPError) as error:
             where = f"cannot be fetched from the Hugging Face hub ({type(error).__name__}): go online"
-        here = "" if name_or_dir in HUB else "no folder here, and "
+        here = "" if name_or_dir in HUB else "is no folder here, and "
         raise Error(f"{name_or_dir} {here}{where}, or give a folder that holds {', '.join(files)}")
     folder = Path(name_or_dir)
     if not os.path.isfile(folder / "config.json"):  # Path.is_file raises if the name is too long

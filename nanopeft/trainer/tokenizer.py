@@ -17,8 +17,10 @@ Papers: BPE, arXiv 1508.07909, algorithm 1; bytes instead of characters, GPT-2 (
     python -m nanopeft.trainer.tokenizer        trains the embedded base's tokenizer again, on the text of `library`
 """
 
+import functools
 import json
 import os
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -74,10 +76,21 @@ def byte_alphabet():
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
 
 
+@functools.cache
+def byte_of():
+    return {char: byte for byte, char in byte_alphabet().items()}
+
+
+def token_bytes(token, byte_level):
+    """The bytes of a token as vocabularies write it: in byte_alphabet, or with ▁ for a space and <0xE4> for a byte."""
+    if byte_level:
+        return bytes(byte_of().get(char, ord("?")) for char in token)
+    return bytes.fromhex(token[3:5]) if re.fullmatch("<0x[0-9A-F]{2}>", token) else token.replace("▁", " ").encode()
+
+
 def load_tokenizer(folder):
     """The tiktoken.Encoding of a folder's vocab.json and merges.txt, or of tokenizer.json where these are missing."""
     folder = Path(folder)
-    byte_of = {char: byte for byte, char in byte_alphabet().items()}
     alone = os.path.isfile(folder / "tokenizer.json") and not os.path.exists(folder / "vocab.json")
     names = ["tokenizer.json"] if alone else ["vocab.json", "merges.txt"]
     for name in names:
@@ -91,7 +104,7 @@ def load_tokenizer(folder):
             vocab, lines = stored, (folder / "merges.txt").read_text("utf-8").splitlines()
             merges = [line.replace(" ", "") for line in lines if line and not line.startswith("#version")]
         special = {ENDOFTEXT: vocab.pop(ENDOFTEXT)}
-        ranks = {bytes(byte_of[c] for c in token): id for token, id in vocab.items()}
+        ranks = {bytes(byte_of()[c] for c in token): id for token, id in vocab.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise Error(f"{folder} has no GPT-2 tokenizer in {', '.join(names)} (with {ENDOFTEXT}): {error!r}") from None
     ids = [*vocab.values(), *special.values()]
