@@ -152,6 +152,7 @@ class GPT(nn.Module):
         """The call of a Hugging Face causal LM: returns the loss if there are labels, and the logits (B, T, V) if not.
 
         attention_mask (B, S): 1 for tokens, 0 for padding on either side; a padded row gives what it gives alone.
+        position_ids (T,) or (B, T): where they do not go up by one, a packed row's next example begins (data.py).
         past_key_values: a KVCache or transformers' DynamicCache, extended in place. labels (B, T): unshifted.
         logits_to_keep: logits of so many last positions only; 0 means of all.
         """
@@ -310,15 +311,21 @@ def positions_and_mask(position_ids, attention_mask, past, x, limit):
     s, t = torch.arange(S, device=x.device), torch.arange(past, S, device=x.device)
     if attention_mask is not None and attention_mask.size(1) != S:
         raise Error(f"attention_mask is {attention_mask.size(1)} wide, not {S}: it covers the past as well")
+    packed = False
     if position_ids is None:
         position_ids = t if attention_mask is None else (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+    elif attention_mask is None and past == 0 and position_ids.dim() == 2:
+        example = F.pad(position_ids.diff() != 1, (1, 0)).cumsum(1)  # (B, T), the number of the example in its row
+        packed = example[:, -1].any()
     if S > limit and position_ids.max() >= limit:  # in this order: max() makes the host wait for a GPU
         raise Error(f"{position_ids.max() + 1} tokens do not fit the model's {limit} positions")
-    if attention_mask is None and (past == 0 or T == 1):
+    if attention_mask is None and (past == 0 or T == 1) and not packed:
         return position_ids, None  # is_causal gives query t keys 0..t; after a past it needs 0..past + t (T = 1: all)
     mask = s <= t[:, None]  # (T, S)
     if attention_mask is not None:  # padding sees itself: softmax over nothing is NaN
         mask = (mask & attention_mask[:, None, None].bool()) | (s == t[:, None])  # (B, 1, T, S)
+    if packed:  # each example sees itself alone
+        mask = mask & (example[:, None, :, None] == example[:, None, None])  # (B, 1, T, T)
     return position_ids, mask
 
 
