@@ -778,6 +778,8 @@ def test_forms_are_not_mixed(tmp_path):
         files.load([str(c)], ENCODING, 32)
     train, valid = files.load([str(a), str(b)], ENCODING, 32)
     assert len(train.items) + len(valid.items) == 40
+    swapped = files.load([str(b), str(a)], ENCODING, 32)  # the order of files, as that of lines, changes nothing
+    assert [side.items for side in swapped] == [train.items, valid.items]
     (tmp_path / "d.txt").write_text(TEXT)
     with pytest.raises(Error, match="cannot be mixed"):
         files.load([str(a), str(tmp_path / "d.txt")], ENCODING, 32)
