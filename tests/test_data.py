@@ -770,7 +770,7 @@ def test_bad_lines_are_named(tmp_path, line, says):
 def test_forms_are_not_mixed(tmp_path):
     """Two forms in a file are refused in a line that names both; two files of examples may have a form each."""
     a, b, c = (tmp_path / f"{name}.jsonl" for name in "abc")
-    a.write_text("\n".join(json.dumps({"prompt": f"p{i}", "completion": "c"}) for i in range(20)))
+    a.write_text("\n".join(json.dumps({"prompt": f"p{i // 2}", "completion": f"c{i}"}) for i in range(20)))
     chats = [[message("user", f"u{i}"), message("assistant", "c")] for i in range(20)]
     b.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
     c.write_text(a.read_text() + "\n" + b.read_text())
@@ -778,7 +778,8 @@ def test_forms_are_not_mixed(tmp_path):
         files.load([str(c)], ENCODING, 32)
     train, valid = files.load([str(a), str(b)], ENCODING, 32)
     assert len(train.items) + len(valid.items) == 40
-    swapped = files.load([str(b), str(a)], ENCODING, 32)  # the order of files, as that of lines, changes nothing
+    a.write_text("\n".join(a.read_text().split("\n")[::-1]))
+    swapped = files.load([str(b), str(a)], ENCODING, 32)  # the order of files and lines changes nothing
     assert [side.items for side in swapped] == [train.items, valid.items]
     (tmp_path / "d.txt").write_text(TEXT)
     with pytest.raises(Error, match="cannot be mixed"):
