@@ -129,8 +129,10 @@ class CompletionDataset:
         self.n_truncated, items = 0, []
         self.chat = any(isinstance(example, list) for example in examples)  # else prompts are no user's turns
         for turns in tokenize(examples, encoding):
-            while not turns[-1][1]:  # nothing after it is scored
+            while turns and not turns[-1][1]:  # what comes after the last answer is not needed
                 turns.pop()
+            if not turns:
+                raise Error("a conversation has no answer that is scored: give it a message of the role assistant")
             *turns, (completion, _) = turns
             prompt = [i for ids, _ in turns for i in ids]
             labels = [i if scored else -100 for ids, scored in turns for i in ids]
@@ -260,11 +262,14 @@ def tokenize(examples, encoding):
         if isinstance(example, tuple):
             texts.append([(example[0], False), (example[1], True)])
         else:
-            texts.append([] if chat else plain_chat(example))  # chat makes the ids itself
+            texts.append([] if chat else plain_chat(example))
     encoded = iter(encoding.encode_ordinary_batch([text for turns in texts for text, _ in turns]))
     for example, turns in zip(examples, texts):
-        ids = [([*next(encoded), *[encoding.eot_token] * scored], scored) for _, scored in turns]
-        yield [(start_token(encoding), False), *ids] if turns else [*chat(example)]
+        if chat and not isinstance(example, tuple):
+            yield [*chat(example)]  # ids already
+        else:
+            ids = [([*next(encoded), *[encoding.eot_token] * scored], scored) for _, scored in turns]
+            yield [(start_token(encoding), False), *ids]
 
 
 if __name__ == "__main__":

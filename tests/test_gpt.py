@@ -148,6 +148,27 @@ def test_is_causal_aligns_to_the_top_left():
     assert mask.tolist() == [[True, True, True, True, False], [True, True, True, True, True]]
 
 
+@often
+@given(lengths=st.lists(st.integers(1, 8), min_size=1, max_size=3), start=st.integers(0, 9), seed=st.integers(0, 99))
+def test_packed_examples_see_themselves_alone(lengths, start, seed):
+    """Where the positions (B, T) do not go up by one an example begins: its logits are those that it has alone."""
+    model, ids = tiny(seed), torch.randint(61, (2, sum(lengths)))
+    lengths = (lengths, lengths[::-1])
+    positions = torch.stack([torch.cat([start + torch.arange(n) for n in row]) for row in lengths])
+    logits = model(ids, position_ids=positions).logits
+    for row, example, got in zip(lengths, ids, logits):
+        for part, expected in zip(example.split(row), got.split(row)):
+            alone = model(part[None], position_ids=start + torch.arange(len(part))).logits[0]
+            assert off(expected, alone) < FP64
+    x = model.transformer.wte(ids)
+    assert (gpt.positions_and_mask(positions, None, 0, x, 24)[1] is None) == (len(lengths[0]) == 1)  # is_causal does it
+    for cached in (torch.ones_like(ids), None):  # with a mask, or after a past, positions are positions alone
+        past = 3 * (cached is None)
+        _, mask = gpt.positions_and_mask(positions, cached, past, x, 99)
+        causal = torch.ones(ids.size(1), ids.size(1) + past, dtype=torch.bool).tril(past)
+        assert mask is None or torch.equal(mask.expand(2, 1, -1, -1)[1, 0], causal)
+
+
 def test_gelu_by_tanh_is_not_the_exact_one():
     """The two forms of GELU differ by at most 0.00047, at x = 2.3 or so, and the MLP computes the one by tanh."""
     x = torch.linspace(-8, 8, 16001, dtype=torch.float64)

@@ -152,11 +152,11 @@ def read_example(line, where):
             raise Error(f'{where}: no message has the role "assistant", and nothing else is learned')
     if not all(text.strip() for text in learned):
         raise Error(f"{where}: nothing to learn, for a text or an answer is empty: leave the line out")
-    for text in texts_of(example):
-        if re.search("[\ud800-\udfff]", text):
-            raise Error(f"{where}: a text has half of a surrogate pair, which is no character")
-        if BLANKS.search(text):
-            raise Error(f"{where}: 100,000 blanks or more in a row: shorten them")
+    whole = "\0".join(texts_of(example))
+    if re.search("[\ud800-\udfff]", whole):
+        raise Error(f"{where}: a text has half of a surrogate pair, which is no character")
+    if BLANKS.search(whole):
+        raise Error(f"{where}: 100,000 blanks or more in a row: shorten them")
     return form, example
 
 
