@@ -51,15 +51,13 @@ def hf_t5():
     return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, **special))
 
 
-def hf_deepseek():
-    """Its shared experts and its router get the tokens of all rows in one dimension."""
+def hf_qwen_moe():
+    """Its shared expert gets the tokens of all rows in one dimension."""
     sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    heads = dict(num_key_value_heads=4, kv_lora_rank=8, q_lora_rank=None, qk_rope_head_dim=8, qk_nope_head_dim=8)
-    experts = dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=16, n_group=1)
-    more = dict(v_head_dim=8, first_k_dense_replace=1, topk_group=1)
-    config = transformers.DeepseekV2Config(**sizes, **heads, **experts, **more)
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
+    config = transformers.Qwen2MoeConfig(**sizes, **experts, num_key_value_heads=2)
     config._experts_implementation = "eager"  # the default has no fp64
-    return transformers.DeepseekV2ForCausalLM(config)
+    return transformers.Qwen2MoeForCausalLM(config)
 
 
 def scaled_up(model):
@@ -120,7 +118,7 @@ TARGETS = {
     hf_gpt2: (["c_attn", "mlp.c_proj"], "all-linear"),
     hf_llama: (["q_proj", "down_proj"], "all-linear"),
     hf_t5: (["q", "wo"], "all-linear"),
-    hf_deepseek: (["q_proj", "down_proj", "kv_b_proj"], "all-linear"),
+    hf_qwen_moe: (["shared_expert.down_proj", "q_proj"], "all-linear"),
 }
 
 
@@ -173,19 +171,24 @@ def test_each_row_is_the_equation_with_its_own_adapter(drawn):
         assert (y[i] - expected).abs().max() <= 108 * 2**-53 * 16 * 12 * 2 * 10
         assert k is not None or torch.equal(y[i], plain[i])
     for k, pair in adapters.items():
-        assert_close(multi_lora.use_loras(model, k)(x), alone(lora.remove_lora(copy.deepcopy(model)), *pair)(x))
+        one = alone(lora.remove_lora(copy.deepcopy(model)), *pair)
+        assert_close(multi_lora.use_loras(model, k)(x), one(x))
+        for name, layer in lora.lora_layers(one).items():
+            assert_close(lora.lora_layers(model)[name].weight, layer.weight)
     assert torch.equal(multi_lora.use_loras(model, None)(x), plain)
 
 
 def test_the_base_product_is_computed_once():
-    """A mixed batch costs the base's FLOPs once, and 2 r (in + out) a token for the largest rank r."""
+    """A mixed batch costs the base's FLOPs once, and 2 r (in + out) a token for the largest rank r; None adds none."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 24))
     adapters = {k: adapter(model, r=r) for k, r in enumerate((1, 3, 5))}
-    multi_lora.use_loras(multi_lora.add_loras(model, adapters), [0, 2, 1, 2, None, 0])
-    with FlopCounterMode(display=False) as counter:
-        model(torch.randn(6, 7, 40))
-    assert counter.get_total_flops() == 6 * 7 * (2 * 40 * 24 + 2 * 5 * (40 + 24))
+    multi_lora.add_loras(model, adapters)
+    base, more = 6 * 7 * 2 * 40 * 24, 6 * 7 * 2 * 5 * (40 + 24)
+    for names, flops in (([0, 2, 1, 2, None, 0], base + more), (1, base + more), (None, base)):
+        with FlopCounterMode(display=False) as counter:
+            multi_lora.use_loras(model, names)(torch.randn(6, 7, 40))
+        assert counter.get_total_flops() == flops
 
 
 # ------------------------------------------------------------------------------------------------------- whole models
@@ -217,7 +220,7 @@ def test_a_mixed_batch_and_a_switch_are_pefts(base, tmp_path):
         assert all((one - other).abs().max() > 0.1 * one.abs().max() for other in results[:k])
 
 
-@pytest.mark.parametrize("base", [own_gpt, hf_deepseek])
+@pytest.mark.parametrize("base", [own_gpt, hf_qwen_moe])
 def test_a_mixed_batch_is_its_rows_apart(base):
     """In our GPT, and where layers get all rows' tokens in one dimension, each row has the logits that it has alone."""
     torch.manual_seed(0)
@@ -332,7 +335,13 @@ def test_a_sum_of_adapters_is_one_adapter(kinds):
     for name, delta in found.items():
         assert (delta - expected[name]).abs().max() <= 24 * 2**-52 * 4 * 2 * 16 * 2  # 24 products of numbers below 2
     x = torch.randn(2, 5, dtype=torch.float64)
-    one = alone(model, config, state)(x)
+    with pytest.raises(ValueError, match="shorter"):
+        multi_lora.combine_loras(adapters, weights[1:])
+    one, parts = alone(model, config, state)(x), [alone(model, *pair)(x) for pair in adapters]
+    multi_lora.add_loras(model, dict(enumerate(adapters)))
+    for k, part in enumerate(parts):
+        assert_close(multi_lora.use_loras(model, k)(x), part)
+    lora.remove_lora(model)
     assert_close(multi_lora.use_loras(multi_lora.add_loras(model, {"sum": (config, state)}), "sum")(x), one)
 
 
@@ -393,7 +402,8 @@ def test_removed_or_disabled_the_base_is_bit_for_bit():
     model, adapters = small()
     ids = torch.tensor([[1, 2], [3, 4]])
     plain = model(ids)
-    mixed = multi_lora.use_loras(multi_lora.add_loras(model, adapters), ["a", "b"])(ids)
+    assert torch.equal(multi_lora.add_loras(model, adapters)(ids), plain)  # none is in use yet
+    mixed = multi_lora.use_loras(model, ["a", "b"])(ids)
     assert not torch.equal(mixed[0], plain[0]) and not torch.equal(mixed[1], plain[1])
     with lora.lora_disabled(model):
         assert torch.equal(model(ids), plain)
