@@ -156,7 +156,7 @@ class VocabParallelHead(nn.Linear):
         x, V = f(x, self.group), self.weight.shard.shape[0]
         if self.labels is None:
             z = F.linear(x, self.weight)  # (B, T, V/t)
-            after = self.weight.shard.order.numel() - self.first - z.size(-1)
+            after = (self.weight.shard.t - 1) * z.size(-1) - self.first
             return g(F.pad(z, (self.first, after)), self.group)[..., :V]  # (B, T, V): other ranks add 0
         scored = self.labels[:, 1:] != -100  # x[t] is scored on labels[t + 1]
         z = F.linear(x[:, :-1][scored], self.weight)  # (n, V/t)
@@ -280,8 +280,8 @@ def part(p, whole):
     if not hasattr(p, "shard"):
         return whole
     s, x = p.shard, whole.t() if p.shard.conv1d else whole
-    x = F.pad(x, (0, 0) * (x.dim() - 1 - s.dim) + (0, s.order.numel() - s.size))
-    return x.index_select(s.dim, s.order[dist.get_rank(s.group)].to(x.device))
+    x = F.pad(x, (0, 0) * (x.dim() - 1 - s.dim) + (0, -s.size % s.t)).unflatten(s.dim, (s.blocks, s.t, -1))
+    return x.select(s.dim + 1, dist.get_rank(s.group)).flatten(s.dim, s.dim + 1).clone()  # or the whole stays in memory
 
 
 def gather(p, part=None):
@@ -289,10 +289,11 @@ def gather(p, part=None):
     x = p.detach() if part is None else part
     if not hasattr(p, "shard"):
         return x
-    s, parts = p.shard, [torch.empty_like(x) for _ in p.shard.order]
+    s, parts = p.shard, [torch.empty_like(x) for _ in range(p.shard.t)]
     dist.all_gather(parts, x.contiguous(), s.group)
-    x = torch.cat(parts, s.dim).index_select(s.dim, s.order.flatten().argsort()[: s.size].to(x.device))
-    return x.t().contiguous() if s.conv1d else x
+    x = torch.stack([part.unflatten(s.dim, (s.blocks, -1)) for part in parts], s.dim + 1)  # the reverse of part()
+    x = x.flatten(s.dim, s.dim + 2).narrow(s.dim, 0, s.size)
+    return (x.t() if s.conv1d else x).contiguous()
 
 
 # ------------------------------------------------------------------------------------------------------------ plumbing
@@ -302,9 +303,7 @@ def split(p, group, dim, blocks=1, conv1d=False):
     split on its own. conv1d: p is (in, out), as in transformers' Conv1D; dim is of (out, in), and so is the part."""
     if p is not None and not hasattr(p, "shard"):
         t, size = dist.get_world_size(group), p.size(1 - dim if conv1d else dim)
-        # (t, size/t): which numbers of this dimension each rank has. From size on they are padding
-        order = torch.arange(size + -size % t).view(blocks, t, -1).transpose(0, 1).reshape(t, -1)
-        p.shard = SimpleNamespace(shape=p.shape, size=size, dim=dim, order=order, conv1d=conv1d, group=group)
+        p.shard = SimpleNamespace(shape=p.shape, size=size, dim=dim, blocks=blocks, t=t, conv1d=conv1d, group=group)
         p.data, p.grad = part(p, p.data), None
     return p
 
@@ -341,7 +340,8 @@ def find_layers(model, t):
 if __name__ == "__main__":
     torch.manual_seed(0)
     x, W, V = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 8), (32, 8), (8, 32)))
-    y, halves = F.gelu(x @ W.t()) @ V.t(), zip(W.chunk(2), V.chunk(2, 1), x.chunk(2, 1), W.chunk(2, 1))
-    two = [(F.gelu(x @ W_i.t()) @ V_i.t(), F.gelu(x_i @ W_r.t()) @ V.t()) for W_i, V_i, x_i, W_r in halves]
-    for name, parts in zip(("column, then row", "row without a sum before GELU"), zip(*two)):
-        print(f"MLP on two ranks, {name}: the sum of their parts is {(sum(parts) - y).abs().max():.0e} off")
+    y = F.gelu(x @ W.t()) @ V.t()
+    column = sum(F.gelu(x @ W_i.t()) @ V_i.t() for W_i, V_i in zip(W.chunk(2), V.chunk(2, 1)))
+    row = sum(F.gelu(x_i @ W_i.t()) @ V.t() for x_i, W_i in zip(x.chunk(2, 1), W.chunk(2, 1)))
+    for name, total in (("column, then row", column), ("row without a sum before GELU", row)):
+        print(f"MLP on two ranks, {name}: the sum of their parts is {(total - y).abs().max():.0e} off")
