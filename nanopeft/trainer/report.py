@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from nanopeft import adapter, memory, zero
+from nanopeft import adapter, memory, pipeline, zero
 from nanopeft.trainer import Failure, bases, checkpoint, measure
 from nanopeft.trainer.methods import METHODS
 
@@ -62,7 +62,8 @@ class StepMemory:
 
     def __init__(self, args, precision, model, engine, device, first_step):
         self.args, self.precision, self.model, self.engine, self.device = args, precision, model, engine, device
-        self.at = None if args.compile or args.fsdp or device.type not in ("cpu", "cuda") else first_step + 1
+        unknown = args.compile or args.fsdp or args.tensor or args.pipeline or device.type not in ("cpu", "cuda")
+        self.at = None if unknown else first_step + 1
         self.predicted, self.measured, self.sent, self.saved = {}, {}, {}, None
 
     @contextmanager
@@ -121,9 +122,12 @@ def predict(model, args, precision, length):
 # ------------------------------------------------------------------------------------------------------------- one run
 
 
-def finish(args, precision, progress, counts, after, step_memory):
-    """Writes result.json and loss.png, and prints what happened."""
-    out, before = Path(args.out), progress.before
+def finish(args, precision, progress, counts, after, step_memory, timeline=None):
+    """Writes result.json, loss.png and a pipeline's timeline of the last step, and prints what happened."""
+    out, before, bubble = Path(args.out), progress.before, {}
+    if timeline and timeline[0]:  # at least one step was made
+        bubble = {"measured": pipeline.waiting(timeline), "formula": pipeline.bubble(len(timeline), args.accumulate)}
+        checkpoint.write(out / "pipeline.svg", pipeline.svg(timeline).encode())
     result = {
         "method": args.method, "precision": args.precision, "computed_in": precision, "base": args.base,
         "data": args.data, "steps": args.steps, **counts,
@@ -133,7 +137,7 @@ def finish(args, precision, progress, counts, after, step_memory):
         "tokens_per_second": progress.tokens / progress.training_seconds, "peak_memory_bytes": progress.peak or None,
         "seconds": progress.seconds, "skipped_steps": progress.skipped, "ranks": progress.world,
         "predicted_bytes": step_memory.predicted, "measured_bytes": step_memory.measured,
-        "sent_elements": step_memory.sent,
+        "sent_elements": step_memory.sent, "bubble": bubble,
         "python": platform.python_version(), "torch": torch.__version__, "settings": progress.settings,
         "losses": progress.losses,
     }  # fmt: skip
@@ -159,6 +163,8 @@ def finish(args, precision, progress, counts, after, step_memory):
         print(f"{'' if number else 'memory of':12} {what:12} {size / 1e6:9.3f} MB{beside}")
     for number, (collective, size) in enumerate(step_memory.sent.items()):
         print(f"{'' if number else 'sent':12} {collective:12} {size:,.0f} elements in a step")
+    if bubble:
+        print(f"waiting      {bubble['measured']:.1%} of the stages' time, {bubble['formula']:.1%} by the formula")
     print(f"files        {', '.join(sorted(str(path) for path in out.iterdir() if path.suffix))}")
 
 
