@@ -241,6 +241,24 @@ def test_what_a_pipeline_leaves(runs, tmp_path):
     assert runs.codes == (0, 0, 0)
 
 
+def test_what_a_rank_keeps_and_sends(runs, tmp_path):
+    """result.json has what rank 0 keeps: about 1/t of the matrices and of m and v, or a stage's; and what it sends."""
+    L, d, V, rows, T, t = 2, 32, 257, 4, 32, 2
+    out = runs(tmp_path / "out", t, "--method full --steps 2 --tensor 2")
+    kept, sent = result(out)["measured_bytes"], result(out)["sent_elements"]
+    matrices = L * (12 * d * d + 7 * d) + (V + 1) * d  # a block's with the biases of outputs that are split
+    replicated = L * 6 * d + 2 * d + 64 * d  # other biases, norms, positions
+    n = matrices / t + replicated
+    assert kept == {"parameters": 4 * n, "gradients": 4 * n, "optimizer": 8 * n}
+    # f and g of attention, MLP, embedding and head; three numbers a scored token for the loss
+    elements = (4 * L + 2) * rows * T * d + 3 * rows * (T - 1)
+    assert sent == {"all_reduce": pytest.approx(2 * (t - 1) / t * elements, rel=0.01)}
+    one = result(runs.one("--method full --steps 2"))["measured_bytes"]
+    staged = result(runs(tmp_path / "staged", 2, "--method full --steps 2 --pipeline 2"))["measured_bytes"]
+    for what in ("parameters", "gradients", "optimizer"):
+        assert one[what] / 3 < staged[what] < one[what]
+
+
 @pytest.mark.parametrize("how", ["--tensor 2", "--pipeline 2"])
 def test_ruined_weights_do_not_replace_a_state(runs, tmp_path, how):
     """If an update leaves NaN, the state that was saved before it stays, on all ranks with one line and code 1."""

@@ -62,8 +62,7 @@ class StepMemory:
 
     def __init__(self, args, precision, model, engine, device, first_step):
         self.args, self.precision, self.model, self.engine, self.device = args, precision, model, engine, device
-        unknown = args.compile or args.fsdp or args.tensor or args.pipeline or device.type not in ("cpu", "cuda")
-        self.at = None if unknown else first_step + 1
+        self.at = None if args.compile or args.fsdp or device.type not in ("cpu", "cuda") else first_step + 1
         self.predicted, self.measured, self.sent, self.saved = {}, {}, {}, None
 
     @contextmanager
@@ -71,7 +70,9 @@ class StepMemory:
         """Around a step of examples of `length` tokens."""
         if number != self.at:
             yield
-        elif isinstance(self.engine.inner, zero.ZeRO):
+        elif self.args.pipeline:
+            yield
+        elif self.args.tensor or isinstance(self.engine.inner, zero.ZeRO):
             with measure.sent_elements() as self.sent:
                 yield
         else:
@@ -89,10 +90,10 @@ class StepMemory:
             self.measured.setdefault("activations", self.saved())
 
     def after_backward(self, number):
-        if self.saved is not None:
-            self.measured.update(measure.measured_states(self.model, self.engine.optimizer))
-        elif number == self.at:
+        if number == self.at and isinstance(self.engine.inner, zero.ZeRO):
             self.measured.update(measure.kept_by(self.engine.inner))
+        elif number == self.at:
+            self.measured.update(measure.measured_states(self.model, self.engine.optimizer))
 
 
 def predict(model, args, precision, length):
