@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from nanopeft import data
-from nanopeft.trainer.checkpoint import find_checkpoint, load_gpt
+from nanopeft.trainer.bases import find_checkpoint, load_gpt
 from nanopeft.trainer.tokenizer import load_tokenizer
 
 FOLDER = find_checkpoint("nano")

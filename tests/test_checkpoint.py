@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from nanopeft import adapter, gpt, lora, prefix, prompt, ptuning
-from nanopeft.trainer import Error, Failure, checkpoint, methods, tokenizer
-from nanopeft.trainer.checkpoint import load_gpt, save_gpt
+from nanopeft.trainer import Error, Failure, bases, checkpoint, methods, peft_config, tokenizer
+from nanopeft.trainer.bases import load_gpt, save_gpt
 
 
 def tiny(seed=0, dtype=torch.float64, **shape):
@@ -180,7 +180,7 @@ def test_saving_replaces_files_whole(folder):
     """A save that fails leaves the old checkpoint as it was; one that works may go where the model came from."""
     model, old = load_gpt(folder), (folder / "model.safetensors").read_bytes()
     torch.nn.init.normal_(model.lm_head.weight)
-    with mock.patch.object(checkpoint, "save_file", side_effect=OSError("disk full")), pytest.raises(Failure):
+    with mock.patch.object(bases, "save_file", side_effect=OSError("disk full")), pytest.raises(Failure):
         save_gpt(model, folder)
     assert (folder / "model.safetensors").read_bytes() == old
     save_gpt(model, folder)
@@ -308,7 +308,7 @@ def test_tensors_that_do_not_fit(folder, change, match):
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     """What transformers leaves of the embedded base: shards with an index, and tokenizer.json alone."""
-    folder, nano = tmp_path_factory.mktemp("shards"), checkpoint.find_checkpoint("nano")
+    folder, nano = tmp_path_factory.mktemp("shards"), bases.find_checkpoint("nano")
     GPT2LMHeadModel.from_pretrained(nano).save_pretrained(folder, max_shard_size="4MB")
     AutoTokenizer.from_pretrained(nano).save_pretrained(folder)
     assert not {"model.safetensors", "vocab.json", "merges.txt"} & set(os.listdir(folder))
@@ -327,7 +327,7 @@ def test_shards(shards):
 
 def test_merged_by_peft(tmp_path):
     """A LoRA that peft merged and saved opens as a base with the merged model's logits, within rounding of fp32."""
-    nano = checkpoint.find_checkpoint("nano")
+    nano = bases.find_checkpoint("nano")
     model = peft.get_peft_model(
         GPT2LMHeadModel.from_pretrained(nano, dtype=torch.float32), peft.LoraConfig(init_lora_weights=False)
     )
@@ -350,7 +350,7 @@ def test_hostile_index(shards, tmp_path, name):
     weight_map = dict.fromkeys(json.loads((shards / "model.safetensors.index.json").read_text())["weight_map"], name)
     for content in (json.dumps({"weight_map": weight_map}), "[" * 100_000):
         (folder / "model.safetensors.index.json").write_text(content)
-        with mock.patch.object(checkpoint, "safe_open", side_effect=safe_open) as spy:
+        with mock.patch.object(bases, "safe_open", side_effect=safe_open) as spy:
             load_gpt(folder)
         opened = {call.args[0] for call in spy.call_args_list}
         assert len(opened) == 3 and {path.parent for path in opened} == {folder}
@@ -427,12 +427,12 @@ def fake_hub(download):
     return mock.patch.dict(sys.modules, {"huggingface_hub": hub, "huggingface_hub.errors": errors})
 
 
-@pytest.mark.parametrize("name", checkpoint.HUB)
+@pytest.mark.parametrize("name", bases.HUB)
 def test_hub(folder, name):
     """A hub name fetches the two files and the tokenizer's two from the model's own repository, and nothing else."""
     asked = []
     with fake_hub(lambda repo, allow_patterns: asked.append((repo, sorted(allow_patterns))) or str(folder)):
-        assert checkpoint.find_checkpoint(name) == folder
+        assert bases.find_checkpoint(name) == folder
     owner = "distilbert" if name == "distilgpt2" else "openai-community"
     assert asked == [(f"{owner}/{name}", ["config.json", "merges.txt", "model.safetensors", "vocab.json"])]
 
@@ -478,7 +478,7 @@ def test_other_models_are_refused(tmp_path, changes):
 def test_hub_out_of_reach(tmp_path, offline):
     """Told to stay offline, or with the hub out of reach, huggingface_hub's error comes as one sentence of ours."""
     code = "from nanopeft.trainer import Error, checkpoint\n"
-    code += "try: checkpoint.load_gpt('gpt2')\nexcept Error as error: print(error)"
+    code += "try: bases.load_gpt('gpt2')\nexcept Error as error: print(error)"
     # Port 9 of this machine answers nobody
     env = os.environ | {"HF_HUB_OFFLINE": offline, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
     env = env | dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")
@@ -511,7 +511,7 @@ def test_config_gives_back_the_arguments(targets, r, alpha, dropout, rslora, ran
     arguments = dict(targets=targets, r=r, alpha=alpha, dropout=dropout, rslora=rslora, ranks=ranks)
     arguments["modules_to_save"] = modules_to_save
     lora.add_lora(model, **arguments)
-    found = checkpoint.lora_arguments(json.loads(json.dumps(lora.lora_config(model))))
+    found = peft_config.lora_arguments(json.loads(json.dumps(lora.lora_config(model))))
     assert {**found, "targets": tuple(found["targets"])} == {**arguments, "targets": tuple(targets)}
 
 
@@ -530,26 +530,26 @@ def test_config_gives_back_the_arguments(targets, r, alpha, dropout, rslora, ran
 )  # fmt: skip
 def test_configs_that_lora_cannot_follow_are_refused(change):
     """A config that asks for what lora.py does not do, or has a field of a wrong type, is refused by name."""
-    assert checkpoint.lora_arguments(GOOD)["r"] == 4
+    assert peft_config.lora_arguments(GOOD)["r"] == 4
     with pytest.raises(Error, match=f"adapter_config.json.*{next(iter(change))}") as caught:
-        checkpoint.lora_arguments({**GOOD, **change})
+        peft_config.lora_arguments({**GOOD, **change})
     assert "\n" not in str(caught.value)
 
 
 def test_defaults_of_a_config_are_pefts():
     """Fields that a config leaves out have peft's defaults: r 8, alpha 8, no dropout, no rsLoRA."""
-    assert checkpoint.lora_arguments({"peft_type": "LORA", "target_modules": ["up"]}) == {
+    assert peft_config.lora_arguments({"peft_type": "LORA", "target_modules": ["up"]}) == {
         "targets": ["up"], "r": 8, "alpha": 8, "dropout": 0.0, "ranks": {}, "rslora": False,
         "modules_to_save": None,
     }  # fmt: skip
 
 
 PROMPTS = {
-    "prompt": (checkpoint.prompt_arguments, lambda: prompt.prompt_config(prompt.PromptTuning(tiny(), 3))),
-    "prefix": (checkpoint.prefix_arguments, lambda: prefix.prefix_config(prefix.PrefixTuning(tiny(), 3))),
-    "ptuning": (checkpoint.ptuning_arguments, lambda: ptuning.ptuning_config(ptuning.PTuning(tiny(), 3))),
+    "prompt": (peft_config.prompt_arguments, lambda: prompt.prompt_config(prompt.PromptTuning(tiny(), 3))),
+    "prefix": (peft_config.prefix_arguments, lambda: prefix.prefix_config(prefix.PrefixTuning(tiny(), 3))),
+    "ptuning": (peft_config.ptuning_arguments, lambda: ptuning.ptuning_config(ptuning.PTuning(tiny(), 3))),
     "template": (
-        checkpoint.ptuning_arguments,
+        peft_config.ptuning_arguments,
         lambda: ptuning.ptuning_config(ptuning.PTuning(tiny(), template="[P]a{source}[P]")),
     ),
 }
@@ -588,16 +588,16 @@ def test_configs_that_prompts_cannot_follow_are_refused(kind, change):
 def test_configs_that_adapters_cannot_follow_are_refused(change):
     """Every field of a bottleneck adapter's config is checked, alone and inside a fusion's."""
     config = adapter.adapter_config(adapter.add_adapter(tiny(), placement="pfeiffer", reduction=4))
-    checkpoint.adapter_arguments(config)
+    peft_config.adapter_arguments(config)
     for read, bad in (
-        (checkpoint.adapter_arguments, config | change),
-        (checkpoint.fusion_arguments, {"adapters": [config, config | change]}),
+        (peft_config.adapter_arguments, config | change),
+        (peft_config.fusion_arguments, {"adapters": [config, config | change]}),
     ):
         with pytest.raises(Error, match=next(iter(change))):
             read(bad)
     for adapters in (None, [], {}, "adapters", [None]):
         with pytest.raises(Error, match="adapters must be"):
-            checkpoint.fusion_arguments({"adapters": adapters})
+            peft_config.fusion_arguments({"adapters": adapters})
 
 
 @pytest.mark.parametrize("config", [[], None, 3, "LORA", {}, {"peft_type": "IA3"}, {"peft_type": ["LORA"]}])
@@ -626,7 +626,7 @@ def test_what_peft_saves_and_lora_cannot_do_is_refused(options, tmp_path):
         warnings.simplefilter("ignore")
         peft.get_peft_model(GPT2LMHeadModel(GPT2Config(**sizes)), config).save_pretrained(tmp_path)
     with pytest.raises(Error, match=next(iter(options))):
-        checkpoint.lora_arguments(checkpoint.read_adapter(tmp_path)[0])
+        peft_config.lora_arguments(checkpoint.read_adapter(tmp_path)[0])
 
 
 COMMON = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
@@ -636,7 +636,7 @@ PROMPT |= {"token_dim", "num_attention_heads", "num_layers"}  # these are seen f
 KNOWN = {
     peft.LoraConfig: {
         "target_modules", "r", "lora_alpha", "lora_dropout", "rank_pattern", "use_rslora", "bias", "init_lora_weights",
-        "modules_to_save", *checkpoint.UNSUPPORTED,
+        "modules_to_save", *peft_config.UNSUPPORTED,
         "fan_in_fan_out",  # seen from the layer
         "layers_pattern", "qalora_group_size", "megatron_config", "megatron_core",  # of what is refused, or unused
         "loftq_config", "eva_config", "corda_config", "lora_ga_config",  # of an init, which is refused where it matters

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanopeft import adamw, adapter, gpt, lora, memory, prefix, prompt, ptuning, qlora, recompute, zero
 from nanopeft.trainer import measure
-from nanopeft.trainer.checkpoint import find_checkpoint, read_config
+from nanopeft.trainer.bases import find_checkpoint, read_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

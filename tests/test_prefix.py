@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanopeft import gpt, prefix
-from nanopeft.trainer.checkpoint import find_checkpoint, load_gpt
+from nanopeft.trainer.bases import find_checkpoint, load_gpt
 from nanopeft.trainer.tokenizer import load_tokenizer
 
 IDS = torch.tensor([[5, 9, 2, 40, 41, 3, 63], [1, 1, 62, 17, 9, 30, 2]])

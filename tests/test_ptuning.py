@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanopeft import data, gpt, prompt, ptuning
-from nanopeft.trainer.checkpoint import find_checkpoint, load_gpt
+from nanopeft.trainer.bases import find_checkpoint, load_gpt
 from nanopeft.trainer.tokenizer import load_tokenizer
 
 V, D, LIMIT = 64, 16, 48

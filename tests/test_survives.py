@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanopeft import adamw, adapter, data, gpt, lora, prefix, prompt, ptuning, quant
-from nanopeft.trainer import Error, checkpoint, evaluate, methods, process, tokenizer
-from nanopeft.trainer.checkpoint import load_gpt, save_gpt
+from nanopeft.trainer import Error, bases, checkpoint, evaluate, methods, peft_config, process, tokenizer
+from nanopeft.trainer.bases import load_gpt, save_gpt
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "train.py"
@@ -165,7 +165,7 @@ def test_interrupted_before_the_first_step(monkeypatch, files, tmp_path, capsys)
     """Ctrl-C while the base is loaded ends in one line with exit code 1, and --resume then starts from the start."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "load_gpt", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(bases, "load_gpt", lambda *_: signal.raise_signal(signal.SIGINT))
         assert train(patch, files, tmp_path / "o") == 1
     signal.signal(signal.SIGINT, before)
     assert "--resume" in last_line(capsys) and not (tmp_path / "o").exists()
@@ -798,7 +798,7 @@ def test_hostile_numbers_cost_nothing(monkeypatch, tmp_path, capsys, kind, chang
 @pytest.mark.parametrize("kind", ["lora", "adapter"])
 def test_patterns_that_take_forever(kind):
     """A regular expression from a file that could be tried for years is refused unread; peft's usual ones are not."""
-    read = {"lora": checkpoint.lora_arguments, "adapter": checkpoint.adapter_arguments}[kind]
+    read = {"lora": peft_config.lora_arguments, "adapter": peft_config.adapter_arguments}[kind]
     config = {"placement": "houlsby", "reduction": 2, "activation": "relu"}
     for pattern in ("(a+)+$", "(.*)*x", "(.|.)" * 40, ".?" * 40 + "x", ".*" * 30 + "x"):
         with pytest.raises(Error, match="repeats"):
@@ -936,7 +936,7 @@ def test_bad_lines_are_named(tmp_path, line, says):
 
 def test_texts_of_ten_megabytes_on_a_line(tmp_path):
     """10 MB of words on one line are read whole; a run of blanks that the tokenizer would panic over names its line."""
-    encoding = tokenizer.load_tokenizer(checkpoint.find_checkpoint("nano"))
+    encoding = tokenizer.load_tokenizer(bases.find_checkpoint("nano"))
     path = tmp_path / "a.txt"
     path.write_text("words and words, " * 600_000)
     train_side, valid = data.load(str(path), encoding, 128)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanopeft.trainer import tokenizer
-from nanopeft.trainer.checkpoint import find_checkpoint
+from nanopeft.trainer.bases import find_checkpoint
 
 BASE = find_checkpoint("nano")
 ENCODING = tokenizer.load_tokenizer(BASE)

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanopeft import adamw, data, gpt, ptuning, zero
-from nanopeft.trainer import checkpoint, evaluate, methods, process, report, tokenizer
-from nanopeft.trainer.checkpoint import load_gpt, save_gpt
+from nanopeft.trainer import bases, evaluate, methods, process, report, tokenizer
+from nanopeft.trainer.bases import load_gpt, save_gpt
 
 SCRIPT = Path(__file__).parent.parent / "train.py"
 RESULT_KEYS = {
@@ -68,7 +68,7 @@ def every_type_counts_as_fast(monkeypatch):
 def files(tmp_path_factory):
     """A folder with a small base, a text, a file of examples, and adapters for a fusion."""
     folder = tmp_path_factory.mktemp("files")
-    encoding = tokenizer.load_tokenizer(checkpoint.find_checkpoint("nano"))
+    encoding = tokenizer.load_tokenizer(bases.find_checkpoint("nano"))
     torch.manual_seed(0)
     save_gpt(gpt.GPT(vocab_size=encoding.n_vocab, n_positions=64, n_embd=32, n_layer=2, n_head=2), folder / "base")
     tokenizer.save_tokenizer(encoding, folder / "base")
@@ -149,7 +149,7 @@ def test_training_moves_what_is_trained_and_nothing_else(monkeypatch, files, tmp
     has is rounding.
     """
     base, trained = [], []
-    load, init = checkpoint.load_gpt, adamw.AdamW.__init__
+    load, init = bases.load_gpt, adamw.AdamW.__init__
 
     def spy_load(*args):
         model = load(*args)
@@ -160,7 +160,7 @@ def test_training_moves_what_is_trained_and_nothing_else(monkeypatch, files, tmp
         trained.extend((p, p.detach().clone()) for group in groups for p in group["params"])
         init(self, groups, **options)
 
-    monkeypatch.setattr(checkpoint, "load_gpt", spy_load)
+    monkeypatch.setattr(bases, "load_gpt", spy_load)
     monkeypatch.setattr(adamw.AdamW, "__init__", spy_init)
     train(monkeypatch, files, tmp_path, f"{METHODS[method]} --precision {precision}")
     assert len(base) == 28 and trained

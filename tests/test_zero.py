@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from nanopeft import gpt, lora, zero
 from nanopeft.adamw import AdamW
 from nanopeft.trainer import engine
-from nanopeft.trainer.checkpoint import load_gpt, save_gpt
+from nanopeft.trainer.bases import load_gpt, save_gpt
 from nanopeft.zero import Error, ZeRO, zero_bytes, zero_traffic
 
 STAGES = (0, 1, 2, 3)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from nanopeft import data
-from nanopeft.trainer import Error, checkpoint
+from nanopeft.trainer import Error, bases
 from nanopeft.trainer.methods import METHODS
 from nanopeft.trainer.process import DTYPES
 
@@ -43,6 +43,7 @@ def parse(description):
 def settings(args):
     """{flag: value} of all that changes what a run computes: a state goes on with the same ones alone."""
     no_result = ("out", "resume", "force", "save_every", "recompute", "generate", "zero", "offload", "fsdp", "debug")
+    no_result += ("tensor", "pipeline", "schedule")
     return {name: value for name, value in vars(args).items() if name not in no_result}
 
 
@@ -53,7 +54,7 @@ def add_flags(add):
     rates = ", ".join(f"{name} {method.defaults['lr']:g}" for name, method in METHODS.items())
     add("--method", choices=[*METHODS, "all"], default="lora", help="what is trained; all: one after another (lora)")
     add("--precision", choices=[*DTYPES], default="fp32", help="type of the base's weights and the arithmetic (fp32)")
-    names = ", ".join(checkpoint.HUB)
+    names = ", ".join(bases.HUB)
     add("--base", default="nano", help=f"nano, scratch (nano untrained), a folder, {names} (nano)")
     add("--data", default="reference", help=f"{', '.join(data.TASKS)}, or a .txt or .jsonl file (reference)")
     add("--rank", type=int, help=f"lora, qlora: rank r of the update {default('lora', 'rank')}")
@@ -83,6 +84,10 @@ def add_flags(add):
     add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda, cuda:1, mps (cuda if there is one)")
     add("--zero", type=int, help="under torchrun: ZeRO's stage, 0 to 3; each rank takes its share of every batch")
     add("--fsdp", action="store_true", help="under torchrun: PyTorch's own fully_shard instead of zero.py")
+    add("--tensor", type=int, metavar="N", help="under torchrun: each large matrix is split over the N processes")
+    each = "under torchrun: each of the N processes holds some of the layers; --accumulate gives the micro-batches"
+    add("--pipeline", type=int, metavar="N", help=each)
+    add("--schedule", choices=["gpipe", "1f1b"], help="with --pipeline: the order of forwards and backwards (1f1b)")
     add("--offload", choices=["cpu", "disk"], help="with --zero: where master copies and moments are kept")
     every = "recompute every K-th block's activations in backward: less memory, more time (1)"
     add("--recompute", type=int, nargs="?", const=1, metavar="K", help=every)
@@ -117,6 +122,7 @@ def check_method(args, given):
     if args.length is None:
         args.length = 256 if args.data == "modules" or args.data.endswith(".jsonl") else 128
     least = dict(steps=1, batch=1, accumulate=1, length=2, save_every=1, recompute=1, lr=0, weight_decay=0, clip=0)
+    least |= {"tensor": 1, "pipeline": 1}
     for name in [name for name in least if name in given and not least[name] <= getattr(args, name) < math.inf]:
         number = f"at least {least[name]} and finite"
         raise Error(f"--{name.replace('_', '-')} must be {number}, not {getattr(args, name)}")
@@ -128,8 +134,8 @@ def check_out(args):
     """What a run reads must not be what it writes: --resume and other methods would read something else."""
     outs = [Path(args.out)] if args.method != "all" else [Path(args.out, name) for name in (*METHODS, "scratch")]
     reads = [("--adapters", folder) for folder in getattr(args, "adapters", None) or []]
-    if args.base not in checkpoint.HUB or os.path.isdir(args.base):
-        reads.append(("--base", checkpoint.find_checkpoint("nano" if args.base == "scratch" else args.base)))
+    if args.base not in bases.HUB or os.path.isdir(args.base):
+        reads.append(("--base", bases.find_checkpoint("nano" if args.base == "scratch" else args.base)))
     reads += [("--data", args.data)] * args.data.endswith(".txt")
     for flag, name in reads:
         for path in (*outs, *(out / "merges.txt" for out in outs)):  # full leaves a tokenizer
@@ -139,11 +145,26 @@ def check_out(args):
 
 def check_ranks(args):
     """Several processes: what they share, and what cannot be shared."""
-    world, shares = int(os.environ.get("WORLD_SIZE", 1)), args.fsdp or args.zero is not None
+    kinds = [name for name in ("zero", "fsdp", "tensor", "pipeline") if getattr(args, name) not in (None, False)]
+    world, shares = int(os.environ.get("WORLD_SIZE", 1)), len(kinds) > 0
     if world > 1 and not shares:
-        raise Error(f"{world} processes would all do the same: share the work with --zero 0, 1, 2 or 3, or --fsdp")
+        raise Error(
+            f"{world} processes would all do the same: share the work with --zero 0, 1, 2 or 3, --fsdp, "
+            f"--tensor {world} or --pipeline {world}"
+        )
     if shares and "WORLD_SIZE" not in os.environ:
-        raise Error("--zero and --fsdp are for several processes: torchrun --nproc_per_node 2 train.py ...")
+        n = args.tensor or args.pipeline or 2
+        raise Error(f"--{kinds[0]} is for several processes: torchrun --nproc_per_node {n} train.py ...")
+    for name in [name for name in ("tensor", "pipeline") if name in kinds]:
+        methods = ("full", "lora", "adapter", "qlora")[: 3 if name == "tensor" else 4]  # quantized blocks are not cut
+        if len(kinds) > 1:
+            raise Error(f"--{name} with --{next(k for k in kinds if k != name)} needs a mesh of processes: give one")
+        if getattr(args, name) != world:
+            raise Error(f"--{name} {getattr(args, name)} with {world} processes: give torchrun as many")
+        if args.method not in methods:
+            raise Error(f"--{name} is for --method {', '.join(methods)}: for {args.method} use --zero or --fsdp")
+    if args.schedule and not args.pipeline:
+        raise Error("--schedule belongs to --pipeline")
     if args.zero not in (None, 0, 1, 2, 3) or (args.fsdp and args.zero is not None):
         raise Error("give a stage, --zero 0, 1, 2 or 3, or --fsdp")
     if args.offload and args.zero is None:
@@ -152,7 +173,7 @@ def check_ranks(args):
         raise Error("--zero and --fsdp are for training one method")
     if args.fsdp and (args.method == "qlora" or args.precision == "fp16"):
         raise Error("--fsdp is for fp32 and bf16, and not for qlora: use --zero")
-    if args.batch % world:
+    if args.batch % world and not (args.tensor or args.pipeline):
         raise Error(f"--batch {args.batch} cannot be shared by {world} processes: give a multiple of {world}")
     if shares and args.device == "cuda" and not dist.is_nccl_available():
         raise Error("several GPUs need NCCL, which torch lacks here, as on Windows: --device cpu")

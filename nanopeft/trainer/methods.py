@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from nanopeft import adapter, data, gpt, lora, prefix, prompt, ptuning, qlora
-from nanopeft.trainer import Error, Failure, checkpoint, tokenizer
+from nanopeft.trainer import Error, Failure, bases, checkpoint, peft_config, tokenizer
 
 
 def nothing(model, *_):
@@ -47,7 +47,7 @@ def fusion_settings(args, encoding, train, model):
     adapters = []
     for folder in args.adapters:
         config, state, base_checksum = checkpoint.read_adapter(folder)
-        checkpoint.adapter_arguments(config)
+        peft_config.adapter_arguments(config)
         check_base(folder, base_checksum, args.base, model, args.force)
         adapters.append((config, state))
     return {"adapters": adapters}
@@ -68,7 +68,7 @@ METHODS = {
     "full": Method({"lr": 1e-3}),
     "lora": Method(
         {"lr": 5e-3, "rank": 8, "alpha": 16.0, "targets": "all-linear"},
-        lora.add_lora, lora_settings, ("LORA",), checkpoint.lora_arguments,
+        lora.add_lora, lora_settings, ("LORA",), peft_config.lora_arguments,
         lora.lora_state_dict, lora.lora_config, lora.load_lora_state_dict,
     ),
     "qlora": Method(
@@ -79,37 +79,37 @@ METHODS = {
     "adapter": Method(
         {"lr": 5e-3, "placement": "pfeiffer", "reduction": 8},
         adapter.add_adapter, lambda args, *_: {"placement": args.placement, "reduction": args.reduction},
-        ("BOTTLENECK_ADAPTER",), checkpoint.adapter_arguments,
+        ("BOTTLENECK_ADAPTER",), peft_config.adapter_arguments,
         adapter.adapter_state_dict, adapter.adapter_config, adapter.load_adapter_state_dict,
     ),
     "fusion": Method(
         {"lr": 1e-3, "adapters": None},
-        adapter.add_fusion, fusion_settings, ("ADAPTER_FUSION",), checkpoint.fusion_arguments,
+        adapter.add_fusion, fusion_settings, ("ADAPTER_FUSION",), peft_config.fusion_arguments,
         adapter.fusion_state_dict, adapter.fusion_config, adapter.load_fusion_state_dict,
         penalty=adapter.fusion_penalty,
     ),
     "prefix": Method(
         {"lr": 1e-1, "tokens": 20, "hidden": None},
         prefix.PrefixTuning, lambda args, *_: {"n_tokens": args.tokens, "hidden": args.hidden},
-        ("PREFIX_TUNING",), checkpoint.prefix_arguments,
+        ("PREFIX_TUNING",), peft_config.prefix_arguments,
         prefix.prefix_state_dict, prefix.prefix_config, prefix.load_prefix_state_dict, prefix.fold_prefix,
     ),
     "prompt": Method(
         {"lr": 1e-1, "tokens": 20, "init": "vocabulary"},
-        prompt.PromptTuning, prompt_settings, ("PROMPT_TUNING",), checkpoint.prompt_arguments,
+        prompt.PromptTuning, prompt_settings, ("PROMPT_TUNING",), peft_config.prompt_arguments,
         prompt.prompt_state_dict, prompt.prompt_config, prompt.load_prompt_state_dict,
     ),
     "ptuning": Method(
         {"lr": 3e-3, "tokens": None, "encoder": "lstm", "template": None},
         ptuning.PTuning, lambda args, *_: {"n_tokens": args.tokens, "encoder": args.encoder, "template": args.template},
-        ("P_TUNING", "P_TUNING_TEMPLATE"), checkpoint.ptuning_arguments,
+        ("P_TUNING", "P_TUNING_TEMPLATE"), peft_config.ptuning_arguments,
         ptuning.ptuning_state_dict, ptuning.ptuning_config, ptuning.load_ptuning_state_dict, ptuning.fold_ptuning,
     ),
 }  # fmt: skip
 
 
 def load_tokenizer(base):
-    return tokenizer.load_tokenizer(checkpoint.find_checkpoint("nano" if base == "scratch" else base))
+    return tokenizer.load_tokenizer(bases.find_checkpoint("nano" if base == "scratch" else base))
 
 
 def load_base(base, encoding, dtype, device):
@@ -118,7 +118,7 @@ def load_base(base, encoding, dtype, device):
         model = gpt.GPT(vocab_size=encoding.n_vocab)
         model.checksum = base
         return model.to(device, dtype)
-    model = checkpoint.load_gpt(base, dtype)
+    model = bases.load_gpt(base, dtype)
     if encoding.n_vocab > model.config.vocab_size:
         raise Error(f"{base} has a tokenizer of {encoding.n_vocab} tokens, and a model of {model.config.vocab_size}")
     model.checksum += f"{zlib.crc32(b' '.join(encoding._mergeable_ranks)):08x}"
@@ -184,7 +184,7 @@ def save(model, encoding, args, folder, base_checksum):
         checkpoint.save_adapter(folder, state, config, base_checksum)
         return {"stored_parameters": sum(t.numel() for t in state.values()), "stored_bytes": size_of(folder, files)}
     try:
-        checkpoint.save_gpt(model, folder)
+        bases.save_gpt(model, folder)
         tokenizer.save_tokenizer(encoding, folder)
         (folder / "adapter_config.json").unlink(missing_ok=True)  # of an earlier run: load would open it
     except (OSError, SafetensorError) as error:
@@ -217,7 +217,7 @@ def load(folder, dtype, device, force=False):
     settings = method.read_config(config)
     # First on a base of shapes alone: what does not fit it is refused before it takes any memory
     with torch.device("meta"):
-        shapes = gpt.GPT(**checkpoint.read_config(checkpoint.find_checkpoint(base) / "config.json"))
+        shapes = gpt.GPT(**bases.read_config(bases.find_checkpoint(base) / "config.json"))
     method.load(method.add(shapes, **settings), state)
     if "base_quantization" in config:
         method, settings = METHODS["qlora"], settings | {"quant_type": config["base_quantization"]}

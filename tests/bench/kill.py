@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from nanopeft import adapter, gpt
 from nanopeft.trainer import tokenizer
-from nanopeft.trainer.checkpoint import save_gpt
+from nanopeft.trainer.bases import save_gpt
 
 STEPS, SAVE_EVERY = 30, 3
 METHODS = {

@@ -16,8 +16,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from nanopeft import adapter, gpt
-from nanopeft.trainer import checkpoint
-from nanopeft.trainer.checkpoint import save_gpt
+from nanopeft.trainer import peft_config
+from nanopeft.trainer.bases import save_gpt
 
 # --------------------------------------------------------------------------------------------------------- small models
 
@@ -326,7 +326,7 @@ def test_a_classifiers_head_is_trained_and_stored(kind):
     optimizer.step()
     state = {key: t.clone() for key, t in adapter.adapter_state_dict(model).items()}
     assert not any(torch.equal(state[key], before[key]) for key in keys)
-    config = checkpoint.adapter_arguments(json.loads(json.dumps(adapter.adapter_config(model))))
+    config = peft_config.adapter_arguments(json.loads(json.dumps(adapter.adapter_config(model))))
     other = adapter.add_adapter(classifier(kind), **config)
     adapter.load_adapter_state_dict(other, state)
     assert torch.equal(other(IDS).logits, model(IDS).logits)
@@ -377,7 +377,7 @@ def test_a_fusion_trains_the_heads_own():
     trained = {name.replace(".adapter.", ".fusion.") for name, p in model.named_parameters() if p.requires_grad}
     assert "score.weight" in state and trained < state.keys()
     nn.init.normal_(model.score.weight)
-    other = adapter.add_fusion(classifier("gpt2"), **checkpoint.fusion_arguments(json.loads(json.dumps(config))))
+    other = adapter.add_fusion(classifier("gpt2"), **peft_config.fusion_arguments(json.loads(json.dumps(config))))
     adapter.load_fusion_state_dict(other, adapter.fusion_state_dict(model))
     assert torch.equal(other(IDS).logits, model(IDS).logits)
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from nanopeft import gpt
-from nanopeft.trainer.checkpoint import load_gpt, save_gpt
+from nanopeft.trainer.bases import load_gpt, save_gpt
 from nanopeft.trainer.tokenizer import load_tokenizer
 
 BASE = Path(gpt.__file__).parent / "base"

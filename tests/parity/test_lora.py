@@ -21,8 +21,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from nanopeft import gpt, lora, qlora
-from nanopeft.trainer import checkpoint
-from nanopeft.trainer.checkpoint import save_gpt
+from nanopeft.trainer import checkpoint, peft_config
+from nanopeft.trainer.bases import save_gpt
 
 # --------------------------------------------------------------------------------------------------------- small models
 
@@ -619,7 +619,7 @@ def test_a_classifier_of_pefts_opens_here(name, tmp_path):
     for p in trained.values():
         nn.init.normal_(p, std=0.3)
     theirs.save_pretrained(tmp_path)
-    arguments = checkpoint.lora_arguments(checkpoint.read_adapter(tmp_path)[0])
+    arguments = peft_config.lora_arguments(checkpoint.read_adapter(tmp_path)[0])
     ours = lora.add_lora(copy.deepcopy(base), **arguments)
     lora.load_lora_state_dict(ours, load_file(tmp_path / "adapter_model.safetensors"))
     assert len(lora.lora_parameters(ours)) == len(trained)

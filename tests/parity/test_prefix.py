@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from nanopeft import gpt, prefix
-from nanopeft.trainer.checkpoint import save_gpt
+from nanopeft.trainer.bases import save_gpt
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*cuda:UserWarning")
 IDS = torch.tensor([[5, 9, 2, 40, 41, 3, 63, 4], [1, 1, 62, 17, 9, 30, 2, 8]])

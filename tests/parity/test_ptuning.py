@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from nanopeft import gpt, ptuning
-from nanopeft.trainer.checkpoint import save_gpt
+from nanopeft.trainer.bases import save_gpt
 
 # --------------------------------------------------------------------------------------------------------- small models
 

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from nanopeft import gpt, lora, qlora
-from nanopeft.trainer import checkpoint
+from nanopeft.trainer import bases
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:fan_in_fan_out is set to False")
 IDS = torch.tensor([[5, 9, 2, 40, 41, 3, 63, 0], [1, 1, 62, 17, 9, 30, 2, 8]])
@@ -119,7 +119,7 @@ def test_gpt2_with_conv1d_is_quantized_along_its_inputs(kind):
     torch.manual_seed(0)
     hf = hf_gpt2()
     ours = gpt.GPT(vocab_size=64, n_positions=32, n_embd=64, n_layer=2, n_head=4)
-    state = {n: t.t() if checkpoint.is_conv1d(n) else t for n, t in hf.state_dict().items()}
+    state = {n: t.t() if bases.is_conv1d(n) else t for n, t in hf.state_dict().items()}
     ours.load_state_dict(state)
     for model in (hf, ours):
         qlora.add_qlora(model, quant_type=kind, r=4)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: MIT
+"""The pretrained model that a run starts from: config.json and model.safetensors (its tokenizer: tokenizer.py)."""
+
+import json
+import math
+import os
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from nanopeft import gpt
+from nanopeft.trainer import Error
+from nanopeft.trainer.checkpoint import bits, read_json, write
+
+HUB = {
+    "gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large", "gpt2-xl": "openai-community/gpt2-xl",
+    "distilgpt2": "distilbert/distilgpt2",
+}  # fmt: skip
+
+
+def load_gpt(name_or_dir="nano", dtype=torch.float32):
+    """The embedded base ("nano"), a folder in Hugging Face's GPT-2 format, or one of HUB by name.
+
+    Its attribute checksum is of the numbers as they are stored, whatever dtype they are loaded in.
+    """
+    folder = find_checkpoint(name_or_dir)
+    config = read_config(folder / "config.json")
+    with torch.device("meta"):  # shapes without memory, until the file's tensors are put in their place
+        model = gpt.GPT(**config)
+    state, total = {}, zlib.crc32(json.dumps(config).encode())
+    try:
+        stored = find_tensors(folder)
+        for key, p in model.named_parameters():
+            path, name = stored.pop(key.removeprefix("transformer."), (folder, None))
+            if name is None:
+                raise Error(f"{folder} has no tensor {key}")
+            # Opened for each tensor: closing unmaps the file's pages, so that memory never holds the model twice
+            with safe_open(path, "pt") as file:
+                tensor = file.get_tensor(name)
+                fits = tensor.is_floating_point() and tensor.element_size() > 1  # 8 bits would need a scale
+                if tensor.shape != (p.shape[::-1] if is_conv1d(key) else p.shape) or not fits:
+                    found = f"{name} {list(tensor.shape)} of {tensor.dtype}"
+                    raise Error(f"{path} has {found}, which does not fit config.json")
+                total = zlib.crc32(bits(tensor), total)
+                tensor = tensor.t() if is_conv1d(key) else tensor
+                state[key] = torch.empty(p.shape, dtype=dtype).copy_(tensor)
+    except (SafetensorError, OSError) as error:
+        raise Error(f"{folder}: model.safetensors, or a shard of it, cannot be read: {error}") from None
+    # Older checkpoints carry the causal mask, and some the tied head; anything else, say a layer more, is a mistake
+    known = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
+    left = [name for _, name in stored.values() if not name.endswith(known)]
+    if left:
+        raise Error(f"{folder} has tensors that config.json has no place for: {', '.join(left[:3])}")
+    model.load_state_dict(state, assign=True, strict=False)
+    model.tie_weights()
+    model.checksum = f"{total:08x}"
+    return model
+
+
+def find_tensors(folder):
+    """{name without "transformer.": (file, name there)} of model.safetensors, or else of shards."""
+    paths, found = [folder / "model.safetensors"], {}
+    if not os.path.isfile(paths[0]):  # shards' index is not read: each says itself which tensors it has
+        paths = sorted(folder.glob("model-*-of-*.safetensors")) or paths
+    for path in paths:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise Error(f"{path}: no such file")
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                key = name.removeprefix("transformer.")
+                if key in found:
+                    raise Error(f"{path} has {name}, and {found[key][0].name} has it as well")
+                found[key] = path, name
+    return found
+
+
+def save_gpt(model, folder):
+    """Writes config.json and model.safetensors, as transformers' GPT2LMHeadModel reads them."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new", "n_inner": None,
+        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "tie_word_embeddings": True,
+        "dtype": str(model.transformer.wte.weight.dtype).removeprefix("torch."), **vars(model.config),
+    }  # fmt: skip
+    state = model.state_dict()
+    del state["lm_head.weight"]  # it is wte's
+    state = {key: (t.t() if is_conv1d(key) else t).contiguous() for key, t in state.items()}
+    write(folder / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
+    write(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def is_conv1d(key):
+    """Whether GPT-2's checkpoints hold this weight as a Conv1D, that is (in, out)."""
+    return key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
+def find_checkpoint(name_or_dir):
+    """The folder of a base: config.json, model.safetensors and, mostly, vocab.json and merges.txt."""
+    if name_or_dir == "nano":
+        return Path(gpt.__file__).parent / "base"
+    if name_or_dir in HUB and not os.path.isdir(name_or_dir):
+        files = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
+        try:
+            from huggingface_hub import snapshot_download
+            from huggingface_hub.errors import HTTPError  # of its HTTP client, whichever that is
+
+            return Path(snapshot_download(HUB[name_or_dir], allow_patterns=files))
+        except ImportError:
+            where = "is on the Hugging Face hub: pip install \"nanopeft[hub]\""
+        except (OSError, ValueError, HTTPError) as error:
+            where = f"cannot be fetched from the Hugging Face hub ({type(error).__name__}): go online"
+        raise Error(f"{name_or_dir} {where}, or give a folder that holds {', '.join(files)}")
+    folder = Path(name_or_dir)
+    if not os.path.isfile(folder / "config.json"):  # Path.is_file raises if the name is too long
+        if os.path.isfile(folder / "adapter_config.json"):
+            base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+            makes = "merge_lora and save_gpt make a base of a LoRA"
+            raise Error(f"{folder} is an adapter of the base {base!r} and no base itself: --base {base}, or {makes}")
+        known = ", ".join(HUB)
+        raise Error(f"no base {str(folder)!r}: give nano, a folder with config.json and model.safetensors, or {known}")
+    read_config(folder / "config.json")  # before the tokenizer: a Llama's is another
+    return folder
+
+
+def read_config(path):
+    """The arguments of GPT from a config.json; what this GPT does not do is refused."""
+    config = read_json(path)
+    if (kind := config.get("model_type")) != "gpt2":
+        raise Error(f"{path} is of a model of type {kind!r}, and a base is a GPT-2: its model_type is 'gpt2'")
+
+    sizes = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
+    for key, default in sizes.items():
+        sizes[key] = config.get(key, default)
+        most = 1000 if key == "n_layer" else 1 << 20  # the layers are built before the tensors are read
+        if type(sizes[key]) is not int or not 0 < sizes[key] <= most:
+            raise Error(f"{path}: {key} must be an integer from 1 to {most}, not {sizes[key]!r}")
+    required = {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "n_inner": (None, 4 * sizes["n_embd"]),
+        "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "tie_word_embeddings": (True,),
+    }  # fmt: skip
+    for key, allowed in required.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise Error(f"{path}: {key} must be {' or '.join(map(repr, allowed))}, not {config[key]!r}")
+    epsilon = config.get("layer_norm_epsilon", 1e-5)
+    if type(epsilon) is not float or not 0 < epsilon < math.inf:
+        raise Error(f"{path}: layer_norm_epsilon must be a positive float, not {epsilon!r}")
+    tokens = {key: config.get(key, sizes["vocab_size"] - 1) for key in ("bos_token_id", "eos_token_id")}
+    for key, token in tokens.items():
+        if type(token) is not int or token < 0:
+            raise Error(f"{path}: {key} must be the number of a token, not {token!r}")
+    return {**sizes, "layer_norm_epsilon": epsilon, **tokens}
