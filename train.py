@@ -10,6 +10,8 @@
     python train.py --generate out/lora --prompt "The import"   text from what was trained
     python train.py --merge out/lora --out merged               a whole model, with what was trained in its weights
     torchrun --nproc_per_node 2 train.py --method full --zero 2  two processes that share the optimizer and gradients
+    torchrun --nproc_per_node 2 train.py --tensor 2              ... that split each large matrix
+    torchrun --nproc_per_node 2 train.py --pipeline 2 --accumulate 8     ... that hold half of the layers each
 
 A run leaves in out/METHOD/ what was trained, in peft's format (adapter, fusion: in one like it, for peft lacks them;
 full: a GPT-2 checkpoint), result.json, loss.png, and state.safetensors, from which --resume goes on.
@@ -29,7 +31,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from nanopeft import recompute
+from nanopeft import pipeline, recompute
 from nanopeft.trainer import Error, Failure, arguments, bases, checkpoint, files, generation, methods, process, report
 from nanopeft.trainer.engine import Engine, storage_dtype
 from nanopeft.trainer.evaluate import accuracy, count_labels, evaluate, mean_loss
@@ -52,7 +54,7 @@ def main():
 
 
 def fine_tune(args, precision, ranks):
-    (rank, world, device), dtype, began = ranks, process.DTYPES[precision], time.perf_counter()
+    (rank, world, device, _), dtype, began = ranks, process.DTYPES[precision], time.perf_counter()
     out, state = Path(args.out), Path(args.out) / "state.safetensors"
     torch.manual_seed(args.seed)
     process.settle_kernels()
@@ -89,8 +91,8 @@ def fine_tune(args, precision, ranks):
         for block in blocks:
             block.compile()
 
-    # Engine: one process, ZeRO or FSDP. backward adds gradients up; step sums them over ranks, clips their norm,
-    # updates by AdamW unless it is inf or NaN, and clears them; whole gathers sharded weights (FSDP: in a new model)
+    # Engine: one process, ZeRO, FSDP, tensor parallelism or a pipeline. backward adds gradients up; step sums them over
+    # ranks, clips their norm, updates by AdamW unless it is inf or NaN, and clears them; whole gathers sharded weights
     rebuild = lambda: methods.add(methods.load_base(args.base, encoding, dtype, device), args, encoding, train)  # noqa: E731
     engine = Engine(args, model, blocks, dtype, rebuild)
 
@@ -104,6 +106,9 @@ def fine_tune(args, precision, ranks):
             progress.before = examine(args, complete, valid, encoding, opening, ranks, "before any step")
             progress.note(evaluate(complete, watched, ranks)[0] if watched is not valid else progress.before["loss"])
         checkpoint.set_aside(state, ranks)
+    if args.accumulate < (args.pipeline or 0):
+        bubble = pipeline.bubble(args.pipeline, args.accumulate)
+        ranks.say(f"--accumulate {args.accumulate} is below --pipeline {args.pipeline}: stages wait {bubble:.0%}")
     ranks.say(f"state saved every {args.save_every} steps to {state}")
     meter.lap(progress)
 
@@ -123,16 +128,19 @@ def fine_tune(args, precision, ranks):
             with step_memory.step(step, batches[0][0].size(1)):
                 # 2. Forward and backward. The loss is the mean over all scored tokens of the step, whatever share of
                 # them is in each rank and micro-batch
-                loss = 0.0
-                for batch in batches:
-                    rows = [t[rank::world] for t in batch]
-                    part = mean_loss(model, rows, device) * (count_labels(rows[1]) / scored)
-                    objective = part + method.penalty(model) / args.accumulate / world
-                    step_memory.after_forward()
-                    engine.backward(objective)
-                    loss += part.item()
+                if args.pipeline:  # its stages work on different micro-batches at the same time
+                    loss = engine.backward_batches(batches)
+                else:
+                    loss = 0.0
+                    for batch in batches:
+                        rows = [ranks.share(t) for t in batch]
+                        part = mean_loss(model, rows, device) * (count_labels(rows[1]) / scored)
+                        objective = part + method.penalty(model) / args.accumulate / world
+                        step_memory.after_forward()
+                        engine.backward(objective)
+                        loss += part.item()
                 step_memory.after_backward(step)
-                loss = ranks.sum(loss)
+                loss = ranks.sum(loss) / ranks.copies
                 check(loss, 0.0, progress, state)
                 # 3. Clip and update
                 norm = engine.step(learning_rate(step, args), args.clip)
@@ -157,9 +165,11 @@ def fine_tune(args, precision, ranks):
             stopped = ranks.sum(len(stop)) > 0
             if stopped or better or last or progress.step % args.save_every == 0:
                 meter.lap(progress, training=True)
-                save(model, engine, progress, state, batches[-1], ranks)
+                save(engine, progress, state, batches[-1], ranks)
             if stopped and progress.step < args.steps:
                 raise Failure(f"stopped after step {progress.step}: {state} is saved, and --resume goes on from it")
+
+    timeline = engine.inner.timeline() if args.pipeline else None
 
     # Evaluate what was trained, and save it
     with engine.whole() as complete:
@@ -176,7 +186,7 @@ def fine_tune(args, precision, ranks):
     # Report
     if rank == 0:
         rates = [learning_rate(step, args) for step in range(progress.step)]
-        report.finish(args, precision, progress, counts, after, step_memory, rates, train.chat)
+        report.finish(args, precision, progress, counts, after, step_memory, rates, train.chat, timeline)
 
 
 def learning_rate(step, args):
@@ -205,10 +215,10 @@ def check(loss, norm, progress, state):
 
 
 @torch.no_grad()
-def save(model, engine, progress, state, batch, ranks):
+def save(engine, progress, state, batch, ranks):
     """Saves all that --resume needs, after one more loss: weights that a step has ruined must not replace good ones."""
-    rows = [t[ranks.rank :: ranks.world] for t in batch]
-    check(ranks.sum(mean_loss(model, rows, ranks.device).item()), 0.0, progress, state)
+    ids, labels = (ranks.share(t).to(ranks.device) for t in batch)
+    check(ranks.sum(engine.loss(ids, labels)), 0.0, progress, state)
     states = engine.state_dict()
     progress.loss_scale, progress.clean, progress.skipped = engine.loss_scale, engine.clean, engine.skipped
     if ranks.rank == 0:

@@ -2,9 +2,9 @@
 """Pipeline parallelism: each rank holds some of the layers, a stage, and micro-batches pass through the stages.
 
 A model is cut by depth. Stage s computes its layers and sends their output, B·T·d numbers, to stage s + 1. In backward
-it receives the gradient of that output and sends the gradient of its input to stage s - 1. One batch alone would keep
-one stage busy and p - 1 waiting. So the batch is cut into m micro-batches, and stage 0 goes on with the second while
-stage 1 has the first. Gradients add up over all m, and then each stage updates its own parameters. This is gradient
+it receives the gradient of that output and sends the gradient of its input to stage s - 1. With the batch in one piece,
+one stage would work and p - 1 would wait. So it is cut into m micro-batches, and stage 0 goes on with the second while
+stage 1 has the first. Each stage adds up the gradients of all m and then updates its own parameters. This is gradient
 accumulation, so the result is that of one process.
 
 A step of p = 4 stages and m = 8 micro-batches. a to h: their forward, A to H: their backward, twice as long, . waiting:
@@ -15,38 +15,38 @@ A step of p = 4 stages and m = 8 micro-batches. a to h: their forward, A to H: t
     stage 2  ..abcdefgh...AABBCCDDEEFFGGHH....   8        stage 2  ..ab..AAcBBdCCeDDfEEgFFhGG.HH....   2
     stage 3  ...abcdefghAABBCCDDEEFFGGHH......   8        stage 3  ...aAAbBBcCCdDDeEEfFFgGGhHH......   1
 
-Bubble: the pipeline fills and drains. A stage works for m turns and waits for p - 1, which is (p - 1) / (m + p - 1) of
-the time: 27 % here, 9 % with m = 32. Megatron's (p - 1) / m is the same bubble as a share of the work. The cure is more
-micro-batches (GPipe: 4p or more), as long as they are large enough to use the hardware well.
+Bubble: the waiting while the pipeline fills and drains. Of m + p - 1 turns a stage works in m and waits in p - 1. That
+is (p - 1) / (m + p - 1) of the time: 27 % here, 9 % with m = 32. Megatron's (p - 1) / m is the same bubble as a share
+of the work. More micro-batches make it smaller (GPipe: 4p or more), if each still uses the hardware well.
 
 1F1B saves memory, not time. A micro-batch's activations are alive from its forward to its backward. GPipe keeps those
-of all m. In 1F1B a stage starts with one forward for each stage after it; from then on each forward is followed by the
-backward that frees an older one. So at most min(m, p - s) are alive. A stage waits as long as in GPipe: count the dots.
-Interleaving gives a rank v separate pieces of the model: turns are v times shorter, so the bubble is (p - 1) / (v·m) of
-the work, for v times the messages. Zero bubble cuts backward into dx, for which the stage before waits, and dW, which
-can fill the waiting; over frozen weights, as in LoRA, there is hardly any dW.
+of all m. In 1F1B a stage first does a forward for each stage after it. From then on it does one forward, then one
+backward, which frees the oldest. So at most min(m, p - s) are alive. The dots are as many as in GPipe.
+Two schedules have a smaller bubble. Interleaving gives a rank v separate pieces of the model: turns are v times
+shorter, the bubble is (p - 1) / (v·m) of the work, and messages are v times as many. Zero bubble cuts backward into dx,
+which the stage before needs, and dW, which can fill the waiting. Over frozen weights, as in LoRA, there is hardly any.
 
 Balance: the slowest stage sets the pace. GPT-2's head has V·d = 38.6M weights, 5.45 times a block's 12·d². With 3
-blocks on each of 4 stages, the last one works as for 8.45, and stages wait for 54 % of the time (m = 8). With 4, 4, 4
-blocks and the head alone, as partition() finds, it is 37 %. The head itself is not cut; tensor parallelism can do that.
+blocks on each of 4 stages, the last one works as for 8.45, and stages wait for 54 % of the time (m = 8). partition()
+finds 4, 4, 4 blocks and the head alone, and they wait for 37 %. Only tensor parallelism cuts the head itself.
 
-What is sent: B·T·d numbers down and up, for each micro-batch and border. GPT-2 in fp32 with 256 tokens: 786 kB in each
-of 48 messages, 37.7 MB a step. A tied table is on the first and the last stage, and its two gradients must be added up:
-V·d numbers, 154 MB, four times all else; none if it is frozen, as in LoRA. Tensor parallelism sends B·T·d numbers four
-times in each layer, all-reduced; ZeRO 2 or 3 times all parameters, whatever the batch. A pipeline sends the least.
+What is sent: B·T·d numbers down and up, for each micro-batch and border. GPT-2 in fp32 with 256 tokens: 48 messages of
+786 kB, 37.7 MB a step. A tied table is on the first and the last stage, and its two gradients must be added up. These
+are V·d numbers, 154 MB, four times all else. (In LoRA the table is frozen, and nothing is added up.) Tensor parallelism
+all-reduces B·T·d numbers four times in each layer, and ZeRO sends all parameters 2 or 3 times. A pipeline sends least.
 
-Deadlock: in gloo a send ends when the other side receives. In 1F1B stage s sends an activation while s + 1 sends it a
-gradient; if both wait for their send to end, they wait forever. So a send is only started (isend), and the stage goes
-on. Before the next one in the same direction it waits for this one: to receive it the neighbour needs no other.
+Deadlock: with gloo a send ends when the other side receives. In 1F1B stage s sends an activation while s + 1 sends it a
+gradient. If both waited for their send to end, they would wait forever. So a stage only starts a send (isend), and goes
+on. It waits for the end before its next send in the same direction, when the neighbour has received or soon will.
 
 When to use it: the model does not fit one device, links are slow (between nodes), and there are micro-batches enough.
 If only optimizer state or gradients do not fit, ZeRO is simpler and has no bubble. Recomputation goes with both.
 
-3D parallelism: t · p · n ranks form a grid. Tensor parallelism is innermost, inside a node, since each layer waits
-for its all-reduces. The pipeline crosses nodes: each of the t ranks of a stage sends to the one rank of the next stage
-that has the same part of the layers. Data parallelism is outermost: n copies of all this add up their gradients once a
-step, stage s with stage s. ZeRO stage 1 fits in here. Stage 2 would send the gradients after each micro-batch, stage 3
-would gather the parameters for each forward and each backward, so their traffic would grow with m.
+3D parallelism is all three on a grid of n · p · t ranks, rank = (copy · p + stage) · t + part. What sends most is
+innermost. Tensor parallelism stays inside a node, since each layer waits for its all-reduces. The pipeline crosses
+nodes: each of the t ranks of a stage sends to the rank of the next stage that has the same part. Data parallelism is
+outermost: n copies of all this add up their gradients once a step. ZeRO stage 1 goes with it. Stage 2 would send
+gradients after each micro-batch, and stage 3 would gather parameters for each, so their traffic would grow with m.
 
 Pitfalls
 * The loss is divided by the labelled tokens of all m: a mean of means is another loss. backward() does it.
@@ -61,10 +61,8 @@ with a flush, interleaving) and 3 (3D); zero bubble, 2401.10241. The whole famil
 import functools
 import inspect
 import itertools
-import tempfile
 import time
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -140,7 +138,7 @@ class Pipeline:
         # NCCL carries out the messages of a group one by one, both ways; so each way has a group of its own
         self.down, self.up, self.ends = dist.new_group(), dist.new_group(), dist.new_group(sorted({0, self.p - 1}))
         for t in self.stages_of:
-            broadcast(t, 0)
+            dist.broadcast(t.data, 0)
         self.events, self.may_call, self.may_step = [], False, False
         model.register_forward_pre_hook(self.check_call)
         self.take_away()
@@ -215,7 +213,7 @@ class Pipeline:
         for t, stages in self.stages_of.items():
             if self.stage not in stages:
                 t.data = t.new_empty(t.shape)
-            broadcast(t, stages[0])
+            dist.broadcast(t.data, stages[0])
         for name, layer in self.others.items():
             replace(self.model, name, layer.train(self.model.training))
         self.may_call = True
@@ -293,6 +291,21 @@ class Pipeline:
 # ------------------------------------------------------------------------------------------------------------ timeline
 
 
+def simulate(m, schedule, forward, backward):
+    """The timeline if stage s takes forward[s] and backward[s] for a micro-batch, and messages take no time."""
+    p, ends, timeline = len(forward), {}, [[] for _ in forward]
+    todo = [actions(s, p, m, schedule) for s in range(p)]
+    while any(todo):
+        for s in (s for s in range(p) if todo[s]):
+            what, i = todo[s][0]
+            source, seconds = (s - 1, forward[s]) if what == "F" else (s + 1, backward[s])
+            if (what, i, source) in ends or not 0 <= source < p:  # its input is there
+                start = max(ends.get((what, i, source), 0), timeline[s][-1][3] if timeline[s] else 0)
+                ends[what, i, s] = start + seconds
+                timeline[s].append((*todo[s].pop(0), start, start + seconds))
+    return timeline
+
+
 def scaled(timeline, width):
     """[(stage, what, i, start, end)], with times from 0 to width."""
     events = [(s, *event) for s, stage in enumerate(timeline) for event in stage]
@@ -360,48 +373,10 @@ def replace(model, name, layer):
     setattr(model.get_submodule(parent), child, layer)
 
 
-def broadcast(tensor, source):
-    sent = tensor.detach().contiguous()
-    dist.broadcast(sent.view(-1).view(torch.uint8), source)  # as bytes: of any dtype
-    tensor.data.copy_(sent)
-
-
-# ------------------------------------------------------------------------------------------------------- demonstration
-
-
-class Toy(nn.Module):
-    """Four blocks that sleep in place of computing, so that four ranks need no four cores."""
-
-    def __init__(self, seconds):
-        super().__init__()
-        self.seconds, self.config, self.model = seconds, SimpleNamespace(model_type="llama"), nn.Module()
-        self.model.embed_tokens, self.model.norm, self.lm_head = nn.Embedding(8, 8), nn.Identity(), nn.Identity()
-        self.model.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
-
-    def forward(self, input_ids=None, inputs_embeds=None, labels=None, use_cache=False):
-        x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        for layer in self.model.layers:
-            x = layer(x)
-            if isinstance(layer, nn.Linear):
-                time.sleep(self.seconds)
-                x.register_hook(lambda dx: time.sleep(2 * self.seconds))
-        return SimpleNamespace(logits=x, loss=None if labels is None else x.square().mean())
-
-
-def demonstrate(rank, path, p=4, m=8):
-    dist.init_process_group("gloo", f"file://{path}", world_size=p, rank=rank)
-    ids = torch.arange(6).view(1, 6)
-    for schedule in ("gpipe", "1f1b"):
-        pipeline = Pipeline(Toy(0.008), None, schedule=schedule)  # no step(), so no optimizer
-        for n in (1, m):  # the first time makes the connections
-            pipeline.backward([{"input_ids": ids, "labels": ids}] * n)
-        if timeline := pipeline.timeline():
-            alive = [max(itertools.accumulate(1 if what == "F" else -1 for what, *_ in stage)) for stage in timeline]
-            print(f"{schedule}: waiting {waiting(timeline):.3f}, formula {bubble(p, m):.3f}; alive {alive}")
-            print(draw(timeline, 33))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(demonstrate, (f"{folder}/store",), nprocs=4, start_method="fork")
+    p, m = 4, 8
+    for schedule in ("gpipe", "1f1b"):
+        timeline = simulate(m, schedule, [1] * p, [2] * p)
+        alive = [max(itertools.accumulate(1 if what == "F" else -1 for what, *_ in stage)) for stage in timeline]
+        print(f"{schedule}: waiting {waiting(timeline):.3f}, formula {bubble(p, m):.3f}; alive {alive}")
+        print(draw(timeline, 33))

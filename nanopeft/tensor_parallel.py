@@ -1,68 +1,62 @@
 # SPDX-License-Identifier: MIT
 """Tensor parallelism: each large matrix is split over t ranks, and every rank computes its part of each product.
 
-All ranks read the same batch: n tokens, x (n, d). W is (out, in), y = x Wᵀ + b, and rank i keeps a part W_i. H heads,
-L layers, V tokens in the vocabulary, Ψ parameters; LoRA has rank r and scaling s.
+All ranks read the same n tokens. A linear layer y = x Wᵀ + b, W (out, in), can be split in two ways. Rank i has W_i:
 
-    column-parallel   y_i = f(x) W_iᵀ + b_i    W_i (out/t, in): outputs are split, so y is in t parts
-    row-parallel      y = g(x_i W_iᵀ) + b      W_i (out, in/t): inputs are split, so x is in t parts, and y is a sum
+    column-parallel   y_i = x W_iᵀ + b_i    W_i (out/t, in)    x is whole on each rank, which gets a part of y
+    row-parallel      y = Σ x_i W_iᵀ + b    W_i (out, in/t)    x is in parts, and each rank gets a term of the sum
 
-         forward                          backward
-    f    nothing: x goes to t products    all-reduce: dx = Σ dy_i W_i
-    g    all-reduce: y = Σ x_i W_iᵀ       nothing: each part of a sum has the gradient of the sum
-
-("Column" is Megatron's word: it writes y = x A, and A = Wᵀ is split by columns.) An MLP on two ranks:
+("Column" is Megatron's word. It writes y = x A, and W's rows are the columns of A.) An MLP on two ranks has both:
 
     x (n, d) ── f ─┬─ W_1 (2d, d) ── (n, 2d) ── gelu ── V_1 (d, 2d) ── (n, d) ─┬─ g ── + b ── y (n, d)
                    └─ W_2 (2d, d) ── (n, 2d) ── gelu ── V_2 (d, 2d) ── (n, d) ─┘
 
-Why column, then row: rank i has its hidden numbers complete, GELU needs no more, and V_i needs just these. So nothing
-is sent between the two. If W were row-parallel, each rank would have a part of a sum there, and gelu(a + b) is not
-gelu(a) + gelu(b): an all-reduce of 4 n d numbers would come first. b is added after g, or it would be added t times.
+         forward                      backward
+    f    x as it is                   all-reduce dx = Σ dy_i W_i, because x went into t products
+    g    all-reduce y = Σ x_i W_iᵀ    dy as it is, because each term of a sum has the gradient of the sum
 
-Attention: q, k and v are column-parallel by heads, so rank i computes H/t heads alone; the output projection is
-row-parallel. GPT-2's c_attn is q, k and v in one matrix: each of them is split. t must divide the heads, of k and v
-too. Other sizes are padded with zeros (GPT-2's V = 50257 = 29 · 1733); logits of padding are masked with -inf.
-Norms, position embeddings and b are replicated: all ranks compute the same with them and get the same gradient, so they
-stay equal, to the bit, though nothing is sent.
+Why column first, then row: rank i computes some of the hidden numbers completely. GELU takes one number at a time, and
+V_i needs just these. So nothing is sent between the two layers. With row first, each rank would have a term of every
+hidden number. gelu(a + b) is not gelu(a) + gelu(b), so an all-reduce of 4 n d numbers would have to come before GELU.
+The bias b is added after g. Before it, it would be added t times.
 
-Vocabulary: the embedding is row-parallel on one-hot vectors: rank i looks up its V/t tokens, others give 0, g adds. The
-head is column-parallel, z_i (n, V/t). Cross-entropy sends 3 n numbers; to gather all logits would take n V:
+Attention: q, k and v are column-parallel by heads, so rank i computes H/t heads alone. The output projection is
+row-parallel. GPT-2's c_attn holds q, k and v in one matrix, and each of the three is split. t must divide the heads.
+Norms, position embeddings and biases b are replicated: each rank has them whole. All ranks compute the same gradients
+for them, so they stay equal to the bit, without any message.
+
+Vocabulary: rank i has the embeddings of V/t tokens. It looks up those tokens and gives 0 for others; g adds up. V is
+padded to a multiple of t (GPT-2's is 50257 = 29 · 1733). The head is column-parallel, so rank i has logits z_i (n, V/t)
+and no rank has all. The cross-entropy all-reduces M, S and P: 3 n numbers, where all logits would be n V.
     M = max z     S = Σ exp(z - M)     P = z[label] - M, from the rank that has it     loss = log S - P
     dz_i = exp(z_i - M) / S - onehot(label)
 
 LoRA: the factor on W's split side is split as W is, the other is whole. So ΔW_i is local, and a merge sends nothing:
     column   ΔW_i = s · B_i A     A (r, in) whole    B_i (out/t, r)    trained on each rank: r (in + out/t)
     row      ΔW_i = s · B A_i     A_i (r, in/t)      B (out, r) whole                        r (in/t + out)
-f and g of the layer serve x ΔW_iᵀ too. But each rank has only a part of the whole factor's gradient. If the parts are
-not summed, its copies drift apart. A hook sums them: r · d numbers in backward. Or, as in peft, f is on x Aᵀ and g on
-x_i A_iᵀ: n · r numbers, fewer if n < d, but g's are in forward. Both are few beside the layer's n · d.
-LoRA's dropout: x needs one mask on all ranks, x_i its own. All draw the mask for every input, and take their part.
+The layer's f and g serve the update too. But a rank has only one term of the whole factor's gradient. If the terms were
+not summed, the copies would drift apart. So a hook all-reduces them in backward: r · d numbers, few beside n · d.
 
-What is sent: a layer has 4 all-reduces of n d numbers, f and g of attention and MLP, 2 in forward, 2 in backward. The
-embedding's g and the head's f add 2. A rank sends 2 (t - 1) / t times the numbers of an all-reduce.
+Traffic: a layer makes 4 all-reduces of n d numbers, one for each f and g of attention and MLP. The embedding and the
+head make one each. For an all-reduce of N numbers a rank sends 2 N (t - 1) / t.
     GPT-2 small, n = 256: n d = 196,608; 50 all-reduces, 39.3 MB in fp32
     7B (L = 32, d = 4096), n = 4096, t = 8, 16 bits: 7.6 GB, which take 17 ms at 450 GB/s (NVLink), 0.31 s at 25 GB/s,
-    while the rank computes for 51 ms (6 · 6.7e9 · n FLOPs / 8 at 400e12 a second)
-The next product waits for the sum, so nothing hides. Hence: inside a node, t up to 8. Parameters, gradients, optimizer
-state, logits and what is inside attention and MLP become 1/t. x and the norms' activations stay whole; sequence
-parallelism splits them too, with all-gather for f and reduce-scatter for g, which send as much.
+    while a rank computes for 51 ms (6 · 6.7e9 · n FLOPs / 8 at 400e12 a second)
+The next product needs the sum, so every rank waits for it. Hence t is at most the GPUs of a node, often 8.
+Memory: parameters, gradients, optimizer state, logits, and the activations inside attention and MLP shrink to 1/t. The
+residual stream x and the norms' activations stay whole. Sequence parallelism splits them too: f becomes an all-gather
+and g a reduce-scatter, which send as much.
 
-                splits             sends                            limited by
-    ZeRO        storage, batch     2Ψ or 3Ψ a step, hides           whole activations; each rank needs its own data
-    pipeline    layers             n d per boundary, little         the bubble: needs many micro-batches
-    tensor      each product       4 n d per layer, never hides     fast links; t divides the heads
-When: a layer or its activations are too large for one device, or a small batch must be fast, as in generation, for all
-ranks work on each token. If ZeRO fits and the batch is large, ZeRO is simpler and mostly faster.
-3D: who sends most is innermost. Tensor inside a node, pipeline over nodes, data parallelism (with ZeRO 1) outermost:
-rank = (data · stages + stage) · t + i, so a tensor group is t neighbours.
+When: a layer or its activations do not fit one device, or a small batch must be fast, as in generation. If ZeRO fits
+and the batch is large, ZeRO is simpler and mostly faster: it sends 2 or 3 numbers a parameter, however large the batch.
+A pipeline sends least, n d at each border, but needs many micro-batches. All three at once: "3D" in pipeline.py.
 
 Pitfalls
-* An all-reduce that autograd differentiates sums in backward again: t times the gradient, as all ranks have the loss.
+* If autograd differentiated g's all-reduce, it would all-reduce dy as well, and gradients would be t times too large.
 * All ranks of a group need the same batch, random state (shard() takes rank 0's) and calls, or they drift or hang.
-* Clip with clip_grad_norm: squares of split parameters are summed over ranks, those of replicated ones counted once.
-* shard() comes after adapters are added and parameters frozen. Recomputation sends forward's all-reduces once more.
-* Attention weights are dropped (transformers' GPT-2 does it in training) by the same mask on each rank's first head.
+* Clip with clip_grad_norm: it adds the squares of split parameters over ranks, and counts replicated ones once.
+* shard() comes after adapters are added and parameters frozen. Recomputation repeats forward's all-reduces.
+* Dropout of attention weights, as in transformers' GPT-2, has the same masks on all ranks, so heads share them.
 Papers: Megatron-LM, arXiv 1909.08053, section 3; sequence parallelism, 2205.05198; 3D parallelism, 2104.04473.
 The whole family in one table: nanopeft/__init__.py
 """
@@ -162,7 +156,7 @@ class VocabParallelHead(nn.Linear):
         x, V = f(x, self.group), self.weight.shard.shape[0]
         if self.labels is None:
             z = F.linear(x, self.weight)  # (B, T, V/t)
-            after = self.weight.shard.order.numel() - self.first - z.size(-1)
+            after = (self.weight.shard.t - 1) * z.size(-1) - self.first
             return g(F.pad(z, (self.first, after)), self.group)[..., :V]  # (B, T, V): other ranks add 0
         scored = self.labels[:, 1:] != -100  # x[t] is scored on labels[t + 1]
         z = F.linear(x[:, :-1][scored], self.weight)  # (n, V/t)
@@ -286,8 +280,8 @@ def part(p, whole):
     if not hasattr(p, "shard"):
         return whole
     s, x = p.shard, whole.t() if p.shard.conv1d else whole
-    x = F.pad(x, (0, 0) * (x.dim() - 1 - s.dim) + (0, s.order.numel() - s.size))
-    return x.index_select(s.dim, s.order[dist.get_rank(s.group)].to(x.device))
+    x = F.pad(x, (0, 0) * (x.dim() - 1 - s.dim) + (0, -s.size % s.t)).unflatten(s.dim, (s.blocks, s.t, -1))
+    return x.select(s.dim + 1, dist.get_rank(s.group)).flatten(s.dim, s.dim + 1).clone()  # or the whole stays in memory
 
 
 def gather(p, part=None):
@@ -295,10 +289,11 @@ def gather(p, part=None):
     x = p.detach() if part is None else part
     if not hasattr(p, "shard"):
         return x
-    s, parts = p.shard, [torch.empty_like(x) for _ in p.shard.order]
+    s, parts = p.shard, [torch.empty_like(x) for _ in range(p.shard.t)]
     dist.all_gather(parts, x.contiguous(), s.group)
-    x = torch.cat(parts, s.dim).index_select(s.dim, s.order.flatten().argsort()[: s.size].to(x.device))
-    return x.t().contiguous() if s.conv1d else x
+    x = torch.stack([part.unflatten(s.dim, (s.blocks, -1)) for part in parts], s.dim + 1)  # the reverse of part()
+    x = x.flatten(s.dim, s.dim + 2).narrow(s.dim, 0, s.size)
+    return (x.t() if s.conv1d else x).contiguous()
 
 
 # ------------------------------------------------------------------------------------------------------------ plumbing
@@ -308,9 +303,7 @@ def split(p, group, dim, blocks=1, conv1d=False):
     split on its own. conv1d: p is (in, out), as in transformers' Conv1D; dim is of (out, in), and so is the part."""
     if p is not None and not hasattr(p, "shard"):
         t, size = dist.get_world_size(group), p.size(1 - dim if conv1d else dim)
-        # (t, size/t): which numbers of this dimension each rank has. From size on they are padding
-        order = torch.arange(size + -size % t).view(blocks, t, -1).transpose(0, 1).reshape(t, -1)
-        p.shard = SimpleNamespace(shape=p.shape, size=size, dim=dim, order=order, conv1d=conv1d, group=group)
+        p.shard = SimpleNamespace(shape=p.shape, size=size, dim=dim, blocks=blocks, t=t, conv1d=conv1d, group=group)
         p.data, p.grad = part(p, p.data), None
     return p
 
@@ -347,7 +340,8 @@ def find_layers(model, t):
 if __name__ == "__main__":
     torch.manual_seed(0)
     x, W, V = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 8), (32, 8), (8, 32)))
-    y, halves = F.gelu(x @ W.t()) @ V.t(), zip(W.chunk(2), V.chunk(2, 1), x.chunk(2, 1), W.chunk(2, 1))
-    two = [(F.gelu(x @ W_i.t()) @ V_i.t(), F.gelu(x_i @ W_r.t()) @ V.t()) for W_i, V_i, x_i, W_r in halves]
-    for name, parts in zip(("column, then row", "row without a sum before GELU"), zip(*two)):
-        print(f"MLP on two ranks, {name}: the sum of their parts is {(sum(parts) - y).abs().max():.0e} off")
+    y = F.gelu(x @ W.t()) @ V.t()
+    column = sum(F.gelu(x @ W_i.t()) @ V_i.t() for W_i, V_i in zip(W.chunk(2), V.chunk(2, 1)))
+    row = sum(F.gelu(x_i @ W_i.t()) @ V.t() for x_i, W_i in zip(x.chunk(2, 1), W.chunk(2, 1)))
+    for name, total in (("column, then row", column), ("row without a sum before GELU", row)):
+        print(f"MLP on two ranks, {name}: the sum of their parts is {(total - y).abs().max():.0e} off")

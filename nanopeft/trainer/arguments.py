@@ -60,6 +60,7 @@ def settings(args):
     """{flag: value} of all that changes what a run computes: a state goes on with the same ones alone."""
     no_result = {"out", "resume", "force", "save_every", "recompute", "zero", "offload", "fsdp", "debug"}
     no_result |= {*MODES, *MODES["generate"]} - {"prompt", "seed"}
+    no_result |= {"tensor", "pipeline", "schedule"}
     return {name: value for name, value in vars(args).items() if name not in no_result}
 
 
@@ -109,7 +110,7 @@ def add_flags(parser):
     add("--batch", type=int, default=16, help="rows in a micro-batch (16)")
     add("--accumulate", type=int, default=1, help="micro-batches in a step (1)")
     add("--lr", type=float, help=f"peak of the learning rate ({rates})")
-    add("--weight-decay", type=float, default=0.01, help="AdamW's decay of matrices (0.01)")
+    add("--weight-decay", type=float, default=0.0, help="of the weight matrices (0)")
     add("--clip", type=float, default=1.0, help="largest norm of a gradient (1)")
     add("--seed", type=int, default=0, help="of initialization, batches and samples (0)")
 
@@ -150,6 +151,10 @@ def add_flags(parser):
     add("--zero", type=int, help="ZeRO's stage, 0 to 3; each rank takes its share of every batch")
     add("--offload", choices=["cpu", "disk"], help="with --zero: where master copies and moments are kept")
     add("--fsdp", action="store_true", help="PyTorch's own fully_shard instead of zero.py")
+    add("--tensor", type=int, metavar="N", help="each large matrix is split over the N processes")
+    each = "each of the N processes holds some of the layers; --accumulate gives the micro-batches"
+    add("--pipeline", type=int, metavar="N", help=each)
+    add("--schedule", choices=["gpipe", "1f1b"], help="with --pipeline: the order of forwards and backwards (1f1b)")
 
 
 def check_method(args, given):
@@ -187,7 +192,7 @@ def check_method(args, given):
         args.length = 256 if args.data == ["modules"] or args.data[0].endswith(".jsonl") else 128
     least = dict(
         steps=0, epochs=0, batch=1, accumulate=1, length=2, save_every=1, eval_every=1, valid_tokens=1, patience=1,
-        recompute=1, lr=0, weight_decay=0, clip=0, temperature=0, top_k=1, max_new_tokens=1, samples=1,
+        recompute=1, tensor=1, pipeline=1, lr=0, weight_decay=0, clip=0, temperature=0, top_k=1, max_new_tokens=1, samples=1,
     )  # fmt: skip
     for name in [name for name in least if name in given and not least[name] <= getattr(args, name) < math.inf]:
         number = f"at least {least[name]} and finite"
@@ -211,11 +216,26 @@ def check_out(args):
 
 def check_ranks(args):
     """Several processes: what they share, and what cannot be shared."""
-    world, shares = int(os.environ.get("WORLD_SIZE", 1)), args.fsdp or args.zero is not None
+    kinds = [name for name in ("zero", "fsdp", "tensor", "pipeline") if getattr(args, name) not in (None, False)]
+    world, shares = int(os.environ.get("WORLD_SIZE", 1)), len(kinds) > 0
     if world > 1 and not shares:
-        raise Error(f"{world} processes would all do the same: share the work with --zero 0, 1, 2 or 3, or --fsdp")
+        raise Error(
+            f"{world} processes would all do the same: share the work with --zero 0, 1, 2 or 3, --fsdp, "
+            f"--tensor {world} or --pipeline {world}"
+        )
     if shares and "WORLD_SIZE" not in os.environ:
-        raise Error("--zero and --fsdp are for several processes: torchrun --nproc_per_node 2 train.py ...")
+        n = args.tensor or args.pipeline or 2
+        raise Error(f"--{kinds[0]} is for several processes: torchrun --nproc_per_node {n} train.py ...")
+    for name in [name for name in ("tensor", "pipeline") if name in kinds]:
+        methods = ("full", "lora", "adapter", "qlora")[: 3 if name == "tensor" else 4]  # quantized blocks are not cut
+        if len(kinds) > 1:
+            raise Error(f"--{name} with --{next(k for k in kinds if k != name)} needs a mesh of processes: give one")
+        if getattr(args, name) != world:
+            raise Error(f"--{name} {getattr(args, name)} with {world} processes: give torchrun as many")
+        if args.method not in methods:
+            raise Error(f"--{name} is for --method {', '.join(methods)}: for {args.method} use --zero or --fsdp")
+    if args.schedule and not args.pipeline:
+        raise Error("--schedule belongs to --pipeline")
     if args.zero not in (None, 0, 1, 2, 3) or (args.fsdp and args.zero is not None):
         raise Error("give a stage, --zero 0, 1, 2 or 3, or --fsdp")
     if args.offload and args.zero is None:
@@ -224,7 +244,7 @@ def check_ranks(args):
         raise Error("--zero and --fsdp are for training one method")
     if args.fsdp and (args.method == "qlora" or args.precision == "fp16"):
         raise Error("--fsdp is for fp32 and bf16, and not for qlora: use --zero")
-    if args.batch % world:
+    if args.batch % world and not (args.tensor or args.pipeline):
         raise Error(f"--batch {args.batch} cannot be shared by {world} processes: give a multiple of {world}")
     if shares and args.device == "cuda" and not dist.is_nccl_available():
         raise Error("several GPUs need NCCL, which torch lacks here, as on Windows: --device cpu")

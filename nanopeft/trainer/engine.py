@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Backward and optimizer step, whoever does them: one process, ZeRO, or PyTorch's FSDP, behind one interface.
+"""Backward and optimizer step behind one interface: one process, ZeRO, FSDP, tensor parallelism, or a pipeline.
 
-    engine.backward(loss)          once for each micro-batch
+    engine.backward(loss)          once for each micro-batch; a pipeline: loss = engine.backward_batches(all of them)
     norm = engine.step(lr, clip)   clip the gradient, update, clear; fp16's loss scale is kept here
     with engine.whole() as model:  a model with all its parameters, to evaluate and to save
+    engine.loss(ids, labels)       without a gradient; whole() may take longer
     engine.state_dict()            {parameter name: {"master", "m", "v"}}, of several ranks on rank 0: the same for
     engine.load_state_dict(...)    each kind of engine and number of ranks, so that a run goes on with another one
 """
@@ -14,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 import torch.distributed as dist
 
-from nanopeft import adamw, zero
+from nanopeft import adamw, pipeline, tensor_parallel, zero
 
 
 def by_decay(params, weight_decay):
@@ -35,12 +36,12 @@ class Engine:
     gradients are divided by it in fp32 before the update. If one overflows to inf, the step is skipped and the scale
     halved; after 1,000 clean steps twice the scale is tried. bf16 has fp32's exponent bits and needs no scale.
 
-    rebuild: a function that makes the same model again, for FSDP, whose own is never whole.
+    rebuild: a function that makes the same model again, for FSDP and tensor parallelism, whose own is never whole.
     """
 
     def __init__(self, args, model, blocks, dtype, rebuild):
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.shapes = {name: p.shape for name, p in params.items()}  # ZeRO's stage 3 takes the elements away
+        self.model, self.shapes = model, {name: p.shape for name, p in params.items()}  # before they are sharded
         groups, settings = by_decay(params.values(), args.weight_decay), {"lr": args.lr, "betas": (0.9, 0.95)}
         if args.fsdp:
             self.inner = FSDP(model, blocks, dtype, args.weight_decay, rebuild, **settings)
@@ -48,13 +49,30 @@ class Engine:
             settings |= {"compile": args.compile, "stage": args.zero, "offload": args.offload, "blocks": blocks}
             self.inner = zero.ZeRO(model, adamw.AdamW, groups, **settings)
         else:
-            self.inner = OneProcess(model, params, adamw.AdamW(groups, compile=args.compile, **settings))
+            optimizer = adamw.AdamW(groups, compile=args.compile, **settings)
+            if args.tensor:
+                self.inner = TensorParallel(model, params, optimizer, rebuild)
+            elif args.pipeline:
+                self.inner = pipeline.Pipeline(model, optimizer, schedule=args.schedule or "1f1b")
+            else:
+                self.inner = OneProcess(model, params, optimizer)
         self.optimizer = self.inner.optimizer
         self.dynamic = dtype == torch.float16
         self.loss_scale, self.clean, self.skipped = 2.0**16 if self.dynamic else 1.0, 0, 0
 
     def backward(self, loss):
         self.inner.backward(loss * self.loss_scale if self.dynamic else loss)
+
+    def backward_batches(self, batches):
+        """A pipeline's forward and backward of all micro-batches of a step, and their loss: the same on every rank."""
+        device = self.inner.table.device
+        inputs = [{"input_ids": ids.to(device), "labels": labels.to(device)} for ids, labels in batches]
+        return self.inner.backward(inputs, self.loss_scale)
+
+    def loss(self, ids, labels):
+        staged = isinstance(self.inner, pipeline.Pipeline)  # no stage can compute it alone
+        with torch.no_grad(), self.whole() if staged else nullcontext(self.model) as model:
+            return model(ids, labels=labels).loss.item()
 
     def step(self, lr, clip):
         """The norm of the gradient over all ranks; 0 where a step is skipped, for it overflowed fp16."""
@@ -89,12 +107,14 @@ class OneProcess:
         loss.backward()
 
     def step(self, clip, loss_scale):
-        gradients = [p.grad for p in self.params.values() if p.grad is not None]
-        norm = zero.squared_norm(gradients).sqrt().item() / loss_scale
+        norm = self.norm() / loss_scale
         if math.isfinite(norm):
             self.optimizer.step(grad_scale=min(1.0, clip / (norm + 1e-6)) / loss_scale)
         self.optimizer.zero_grad()
         return norm
+
+    def norm(self):
+        return zero.squared_norm([p.grad for p in self.params.values() if p.grad is not None]).sqrt().item()
 
     def whole(self):
         return nullcontext(self.model)
@@ -109,6 +129,40 @@ class OneProcess:
             if p.dtype.itemsize >= 4 or len(kept) == 1:
                 del kept["master"]
             self.optimizer.state[p].update({k: x.to(p.device) if torch.is_tensor(x) else x for k, x in kept.items()})
+
+
+class TensorParallel(OneProcess):
+    """Each rank holds its part of each large matrix, and of m and v. All read the same batch and have the same loss."""
+
+    def __init__(self, model, params, optimizer, rebuild):
+        super().__init__(tensor_parallel.shard(model), params, optimizer)
+        self.rebuild = rebuild
+
+    def norm(self):
+        return tensor_parallel.clip_grad_norm(self.model)
+
+    @contextmanager
+    def whole(self):
+        model = self.rebuild()
+        for name, p in model.named_parameters():
+            if name in self.params:
+                p.data.copy_(tensor_parallel.gather(self.params[name]))
+        yield model
+
+    def state_dict(self):
+        states = {}
+        for name, kept in super().state_dict().items():
+            for key, x in kept.items():
+                x = tensor_parallel.gather(self.params[name], x).cpu() if torch.is_tensor(x) else x
+                if dist.get_rank() == 0:
+                    states.setdefault(name, {})[key] = x
+        return states
+
+    def load_state_dict(self, states):
+        def parts(p, kept):
+            return {key: tensor_parallel.part(p, x) if torch.is_tensor(x) else x for key, x in kept.items()}
+
+        super().load_state_dict({name: parts(p, states[name]) for name, p in self.params.items()})
 
 
 class FSDP:

@@ -16,11 +16,17 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from nanopeft import adamw, adapter, data, gpt, lora, memory, prefix, prompt, ptuning, qlora, quant, recompute, zero
+from nanopeft import adamw, adapter, data, gpt, lora, memory, pipeline, prefix, prompt, ptuning, qlora, quant
+
+# isort: split
+from nanopeft import recompute, tensor_parallel, zero
 from nanopeft.trainer import Error, Failure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PARTS = (adamw, adapter, data, gpt, lora, memory, prefix, prompt, ptuning, qlora, quant, recompute, zero)
+PARTS = (
+    adamw, adapter, data, gpt, lora, memory, pipeline, prefix, prompt, ptuning, qlora, quant, recompute,
+    tensor_parallel, zero,
+)  # fmt: skip
 ERRORS = (Error, *(part.Error for part in PARTS))  # wrong use, wherever it is noticed
 
 
@@ -30,6 +36,11 @@ class Ranks(NamedTuple):
     rank: int
     world: int
     device: torch.device
+    copies: int = 1  # ranks that read the same rows of a batch: all, in tensor parallelism and a pipeline
+
+    def share(self, batch):
+        """This rank's rows."""
+        return batch[self.rank // self.copies :: self.world // self.copies]
 
     def sum(self, number):
         return zero.all_sum(number, self.device) if self.world > 1 else number
@@ -42,12 +53,12 @@ class Ranks(NamedTuple):
 def start(args):
     """The ranks of this run, which all come by here."""
     device = torch.device(args.device)
-    if args.zero is None and not args.fsdp:
+    if args.zero is None and not (args.fsdp or args.tensor or args.pipeline):
         return Ranks(0, 1, device)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=600))
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, args.tensor or args.pipeline or 1)
 
 
 def settle_kernels():

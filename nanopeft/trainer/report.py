@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from nanopeft import adapter, memory, zero
+from nanopeft import adapter, memory, pipeline, zero
 from nanopeft.trainer import Failure, bases, checkpoint, measure
 from nanopeft.trainer.methods import METHODS
 
@@ -70,7 +70,9 @@ class StepMemory:
         """Around a step of examples of `length` tokens."""
         if number != self.at:
             yield
-        elif isinstance(self.engine.inner, zero.ZeRO):
+        elif self.args.pipeline:
+            yield
+        elif self.args.tensor or isinstance(self.engine.inner, zero.ZeRO):
             with measure.sent_elements() as self.sent:
                 yield
         else:
@@ -88,10 +90,10 @@ class StepMemory:
             self.measured.setdefault("activations", self.saved())
 
     def after_backward(self, number):
-        if self.saved is not None:
-            self.measured.update(measure.measured_states(self.model, self.engine.optimizer))
-        elif number == self.at:
+        if number == self.at and isinstance(self.engine.inner, zero.ZeRO):
             self.measured.update(measure.kept_by(self.engine.inner))
+        elif number == self.at:
+            self.measured.update(measure.measured_states(self.model, self.engine.optimizer))
 
 
 def predict(model, args, precision, length):
@@ -123,9 +125,15 @@ def predict(model, args, precision, length):
 # ------------------------------------------------------------------------------------------------------------- one run
 
 
-def finish(args, precision, progress, counts, after, step_memory, rates, chat):
-    """Writes result.json and loss.png, and prints what happened. chat: whether the data are conversations."""
-    out, before = Path(args.out), progress.before
+def finish(args, precision, progress, counts, after, step_memory, rates, chat, timeline=None):
+    """Writes result.json, loss.png and a pipeline's timeline of the last step, and prints what happened.
+
+    chat: whether the data are conversations.
+    """
+    out, before, bubble = Path(args.out), progress.before, {}
+    if timeline and timeline[0]:  # at least one step was made
+        bubble = {"measured": pipeline.waiting(timeline), "formula": pipeline.bubble(len(timeline), args.accumulate)}
+        checkpoint.write(out / "pipeline.svg", pipeline.svg(timeline).encode())
     result = {
         "method": args.method, "precision": args.precision, "computed_in": precision, "base": args.base,
         "data": args.data, "chat": chat, "steps": progress.step, "best_step": progress.best_step, "keep": args.keep,
@@ -136,7 +144,7 @@ def finish(args, precision, progress, counts, after, step_memory, rates, chat):
         "tokens_per_second": progress.tokens / max(1e-9, progress.training_seconds), "peak_memory_bytes": progress.peak or None,
         "seconds": progress.seconds, "skipped_steps": progress.skipped, "ranks": progress.world,
         "predicted_bytes": step_memory.predicted, "measured_bytes": step_memory.measured,
-        "sent_elements": step_memory.sent,
+        "sent_elements": step_memory.sent, "bubble": bubble,
         "python": platform.python_version(), "torch": torch.__version__, "settings": progress.settings,
         "losses": progress.losses, "validation": progress.curve,
     }  # fmt: skip
@@ -165,6 +173,8 @@ def finish(args, precision, progress, counts, after, step_memory, rates, chat):
         print(f"{'' if number else 'memory of':12} {what:12} {size / 1e6:9.3f} MB{beside}")
     for number, (collective, size) in enumerate(step_memory.sent.items()):
         print(f"{'' if number else 'sent':12} {collective:12} {size:,.0f} elements in a step")
+    if bubble:
+        print(f"waiting      {bubble['measured']:.1%} of the stages' time, {bubble['formula']:.1%} by the formula")
     print(f"files        {', '.join(sorted(str(path) for path in out.iterdir() if path.suffix))}")
 
 
