@@ -121,8 +121,10 @@ def check_method(args, given):
         raise Error("--base scratch has learned nothing that could be kept frozen: use --method full")
     if args.length is None:
         args.length = 256 if args.data == "modules" or args.data.endswith(".jsonl") else 128
-    least = dict(steps=1, batch=1, accumulate=1, length=2, save_every=1, recompute=1, lr=0, weight_decay=0, clip=0)
-    least |= {"tensor": 1, "pipeline": 1}
+    least = dict(
+        steps=1, batch=1, accumulate=1, length=2, save_every=1, recompute=1, tensor=1, pipeline=1,
+        lr=0, weight_decay=0, clip=0,
+    )  # fmt: skip
     for name in [name for name in least if name in given and not least[name] <= getattr(args, name) < math.inf]:
         number = f"at least {least[name]} and finite"
         raise Error(f"--{name.replace('_', '-')} must be {number}, not {getattr(args, name)}")
