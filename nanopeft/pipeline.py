@@ -51,7 +51,8 @@ gradients after each micro-batch, and stage 3 would gather parameters for each, 
 Pitfalls
 * The loss is divided by the labelled tokens of all m: a mean of means is another loss. backward() does it.
 * Clip with step(clip=1.0): the norm is over all stages, a tied table counted once. clip_grad_norm_ sees one stage.
-* GPT's loss in chunks makes the head's gradient in forward. In GPipe the last stage keeps m of them, in 1F1B one.
+* GPT's loss in chunks makes the head's gradient in forward. In GPipe the last stage keeps m of them, in 1F1B one. And
+  forwards wait for the last stage, backwards for the first: with p = 2 and m = 8 GPipe waits 32 % and 1F1B 15 %.
 * Each rank needs the same batches: masks and labels are not sent. Dropout draws other numbers than one process does.
 
 Papers: GPipe, arXiv 1811.06965, section 2.3; PipeDream, 1806.03377 (1F1B); Megatron, 2104.04473, sections 2.2 (1F1B

@@ -477,7 +477,7 @@ def test_other_models_are_refused(tmp_path, changes):
 @pytest.mark.parametrize("offline", ["1", "0"])
 def test_hub_out_of_reach(tmp_path, offline):
     """Told to stay offline, or with the hub out of reach, huggingface_hub's error comes as one sentence of ours."""
-    code = "from nanopeft.trainer import Error, checkpoint\n"
+    code = "from nanopeft.trainer import Error, bases\n"
     code += "try: bases.load_gpt('gpt2')\nexcept Error as error: print(error)"
     # Port 9 of this machine answers nobody
     env = os.environ | {"HF_HUB_OFFLINE": offline, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}

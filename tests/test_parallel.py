@@ -92,12 +92,7 @@ def die(flags):
 # ----------------------------------------------------------------------------------------------------------- processes
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    pool = test_zero.Ranks(__file__)
-    yield pool
-    pool.stop()
-    pool.folder.cleanup()
+ranks = test_zero.worker_pool(__file__)
 
 
 @pytest.fixture(scope="module")

@@ -404,13 +404,7 @@ def gradients(model, p, m, schedule, **network):
 # ---------------------------------------------------------------------------------------------------------- processes
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    pool = test_zero.Ranks(__file__)
-    pool.patience = 10  # for each to say which rank it waited for
-    yield pool
-    pool.stop()
-    pool.folder.cleanup()
+ranks = test_zero.worker_pool(__file__, patience=10)  # for each to say which rank it waited for
 
 
 # ----------------------------------------------------------------------------------------------------------- schedules

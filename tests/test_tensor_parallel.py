@@ -329,12 +329,7 @@ def fits(t, n_head, h, V, T, L, rows, kind, targets):
 # --------------------------------------------------------------------------------------------------------- processes
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    pool = test_zero.Ranks(__file__)
-    yield pool
-    pool.stop()
-    pool.folder.cleanup()
+ranks = test_zero.worker_pool(__file__)
 
 
 def largest(one, other):

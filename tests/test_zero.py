@@ -965,12 +965,21 @@ class Ranks:
         return [answers[rank][1] for rank in range(world)]
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    pool = Ranks(__file__)
-    yield pool
-    pool.stop()
-    pool.folder.cleanup()
+def worker_pool(file, patience=Ranks.patience):
+    """The fixture `ranks` of a file of tests."""
+
+    @pytest.fixture(scope="module")
+    def ranks():
+        pool = Ranks(file)
+        pool.patience = patience
+        yield pool
+        pool.stop()
+        pool.folder.cleanup()
+
+    return ranks
+
+
+ranks = worker_pool(__file__)
 
 
 # ------------------------------------------------------------------------------------------------------------ formulas

@@ -21,7 +21,7 @@ from transformers.models.llama import modeling_llama
 sys.path.insert(0, str(Path(__file__).parent))
 
 import test_zero
-from test_zero import SHAPE, Ranks, batches_of, count, largest, trained
+from test_zero import SHAPE, batches_of, count, largest, trained
 
 from nanopeft.zero import ZeRO
 
@@ -113,12 +113,7 @@ def train(kind, name, *, clip=None, micro=1, steps=20, **how):
 # -------------------------------------------------------------------------------------------------------------- tests
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    pool = Ranks(__file__)
-    yield pool
-    pool.stop()
-    pool.folder.cleanup()
+ranks = test_zero.worker_pool(__file__)
 
 
 ALL = dict(clip=0.3, micro=2, late=True)

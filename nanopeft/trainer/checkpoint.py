@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a run writes and reads again. Only here and in bases.py is a file distrusted: it may be damaged or hostile.
+"""What a run writes and reads again. As in bases.py and tokenizer.py a file may be damaged or hostile.
 
     an adapter      adapter_config.json, adapter_model.safetensors: in peft's format (its config: peft_config.py)
     a run's state   state.safetensors: trained parameters, Adam's state and the progress, with a checksum

@@ -10,24 +10,20 @@ import time
 import traceback
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from nanopeft import adamw, adapter, data, gpt, lora, memory, pipeline, prefix, prompt, ptuning, qlora, quant
-
-# isort: split
-from nanopeft import recompute, tensor_parallel, zero
+from nanopeft import zero
 from nanopeft.trainer import Error, Failure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PARTS = (
-    adamw, adapter, data, gpt, lora, memory, pipeline, prefix, prompt, ptuning, qlora, quant, recompute,
-    tensor_parallel, zero,
-)  # fmt: skip
-ERRORS = (Error, *(part.Error for part in PARTS))  # wrong use, wherever it is noticed
+PARTS = """adamw adapter data gpt lora memory pipeline prefix prompt ptuning qlora quant recompute tensor_parallel
+           zero""".split()
+ERRORS = (Error, *(import_module(f"nanopeft.{name}").Error for name in PARTS))  # wrong use, wherever it is noticed
 
 
 class Ranks(NamedTuple):

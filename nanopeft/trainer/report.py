@@ -68,9 +68,7 @@ class StepMemory:
     @contextmanager
     def step(self, number, length):
         """Around a step of examples of `length` tokens."""
-        if number != self.at:
-            yield
-        elif self.args.pipeline:
+        if number != self.at or self.args.pipeline:
             yield
         elif self.args.tensor or isinstance(self.engine.inner, zero.ZeRO):
             with measure.sent_elements() as self.sent:

@@ -82,7 +82,8 @@ def same_training(hf, ours, ids, labels, dtype, rows):
 
 @often
 @given(
-    dtype=st.sampled_from([*BOUND]), n_layer=st.integers(1, 3), n_head=st.integers(1, 4), size=st.integers(2, 8),
+    # Not 2 numbers wide: LayerNorm makes ±1 of any two, so that a gradient is rounding alone
+    dtype=st.sampled_from([*BOUND]), n_layer=st.integers(1, 3), n_head=st.integers(1, 4), size=st.integers(4, 8),
     V=st.integers(2, 99), B=st.integers(1, 3), T=st.integers(2, 32), rows=st.integers(1, 100),
     ignored=st.floats(0, 0.9), epsilon=st.sampled_from([1e-5, 1e-3]), seed=st.integers(0, 99),
 )  # fmt: skip
