@@ -75,10 +75,10 @@ class Error(ValueError):
     """Wrong use of tensor parallelism; the message says what would be right."""
 
 
-def all_reduce(x, group, op=dist.ReduceOp.SUM):
+def all_reduce(x, group, op="SUM"):
     """The sum, or the maximum, of all ranks' x, in a new tensor: autograd may still use x."""
     x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, op, group)
+    dist.all_reduce(x, getattr(dist.ReduceOp, op), group)
     return x
 
 
@@ -174,7 +174,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, labels, first, group):
         ctx.dtype, z = z.dtype, z.to(torch.promote_types(z.dtype, torch.float32))
-        z = z - all_reduce(z.amax(-1), group, dist.ReduceOp.MAX)[:, None]  # z - M: exp does not overflow
+        z = z - all_reduce(z.amax(-1), group, "MAX")[:, None]  # z - M: exp does not overflow
         own = (labels >= first) & (labels < first + z.size(1))
         column = ((labels - first) * own)[:, None]  # (n, 1)
         P = z.gather(1, column)[:, 0].where(own, 0)
