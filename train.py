@@ -217,8 +217,8 @@ def check(loss, norm, progress, state):
 @torch.no_grad()
 def save(engine, progress, state, batch, ranks):
     """Saves all that --resume needs, after one more loss: weights that a step has ruined must not replace good ones."""
-    ids, labels = (ranks.share(t).to(ranks.device) for t in batch)
-    check(ranks.sum(engine.loss(ids, labels)), 0.0, progress, state)
+    rows = [ranks.share(t).to(ranks.device) for t in batch]
+    check(ranks.sum(engine.loss(rows)), 0.0, progress, state)
     states = engine.state_dict()
     progress.loss_scale, progress.clean, progress.skipped = engine.loss_scale, engine.clean, engine.skipped
     if ranks.rank == 0:

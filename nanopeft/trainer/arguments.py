@@ -182,6 +182,8 @@ def check_method(args, given):
         raise Error("--base scratch has learned nothing that could be kept frozen: use --method full")
     if args.pack and args.method in ("prefix", "prompt", "ptuning", "all"):
         raise Error("--pack joins examples into a row, and prefix, prompt, ptuning have their vectors once in a row")
+    if args.pack and args.pipeline:
+        raise Error("--pack gives each token a position, which the stages of --pipeline do not pass on: leave it out")
     if args.prompt is not None and args.prompts is not None:
         raise Error("--prompt and --prompts both say what to go on from: give one of them")
     if args.epochs is not None and args.steps is not None:
@@ -192,7 +194,8 @@ def check_method(args, given):
         args.length = 256 if args.data == ["modules"] or args.data[0].endswith(".jsonl") else 128
     least = dict(
         steps=0, epochs=0, batch=1, accumulate=1, length=2, save_every=1, eval_every=1, valid_tokens=1, patience=1,
-        recompute=1, tensor=1, pipeline=1, lr=0, weight_decay=0, clip=0, temperature=0, top_k=1, max_new_tokens=1, samples=1,
+        recompute=1, tensor=1, pipeline=1, lr=0, weight_decay=0, clip=0, temperature=0, top_k=1, max_new_tokens=1,
+        samples=1,
     )  # fmt: skip
     for name in [name for name in least if name in given and not least[name] <= getattr(args, name) < math.inf]:
         number = f"at least {least[name]} and finite"

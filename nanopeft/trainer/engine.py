@@ -4,7 +4,7 @@
     engine.backward(loss)          once for each micro-batch; a pipeline: loss = engine.backward_batches(all of them)
     norm = engine.step(lr, clip)   clip the gradient, update, clear; fp16's loss scale is kept here
     with engine.whole() as model:  a model with all its parameters, to evaluate and to save
-    engine.loss(ids, labels)       without a gradient; whole() may take longer
+    engine.loss(rows)              of a batch, without a gradient; whole() may take longer
     engine.state_dict()            {parameter name: {"master", "m", "v"}}, of several ranks on rank 0: the same for
     engine.load_state_dict(...)    each kind of engine and number of ranks, so that a run goes on with another one
 """
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from nanopeft import adamw, pipeline, tensor_parallel, zero
+from nanopeft.trainer.evaluate import mean_loss
 
 
 def by_decay(params, weight_decay):
@@ -69,10 +70,10 @@ class Engine:
         inputs = [{"input_ids": ids.to(device), "labels": labels.to(device)} for ids, labels in batches]
         return self.inner.backward(inputs, self.loss_scale)
 
-    def loss(self, ids, labels):
+    def loss(self, rows):
         staged = isinstance(self.inner, pipeline.Pipeline)  # no stage can compute it alone
         with torch.no_grad(), self.whole() if staged else nullcontext(self.model) as model:
-            return model(ids, labels=labels).loss.item()
+            return mean_loss(model, rows, rows[0].device).item()
 
     def step(self, lr, clip):
         """The norm of the gradient over all ranks; 0 where a step is skipped, for it overflowed fp16."""

@@ -52,15 +52,15 @@ def accuracy(model, examples, ranks):
     right = 0
     batches = []
     for items in examples.length_buckets(32):
-        prompts, completions = zip(*items)
+        prompts, completions, *_ = zip(*items)
         fits = max(map(len, prompts)) + max(map(len, completions)) <= free_positions(model)
         batches += [items] if fits else [[item] for item in items]  # alone each does
     for items in tqdm(batches[ranks.rank :: ranks.world], desc="accuracy", leave=False, disable=ranks.rank > 0):
-        prompts, completions = zip(*items)
+        prompts, completions, *_ = zip(*items)
         longest, n = max(map(len, prompts)), max(map(len, completions))
         ids = torch.tensor([[examples.pad] * (longest - len(p)) + p for p in prompts], device=ranks.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=ranks.device)
         texts = gpt.generate(model, ids, n, attention_mask=mask, eos_token_id=examples.pad)[:, longest:].tolist()
-        right += sum(text[: len(c)] == c for text, (_, c) in zip(texts, items))
+        right += sum(text[: len(c)] == c for text, (_, c, *_) in zip(texts, items))
     model.train()
     return ranks.sum(right) / len(examples.items)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from safetensors import SafetensorError
 
 from nanopeft import adapter, data, gpt, lora, prefix, prompt, ptuning, qlora
@@ -54,7 +53,7 @@ def prompt_settings(args, encoding, train, model):
         if isinstance(train, data.TokenStream):
             what = f"--init labels needs completions, and {', '.join(args.data)} has none"
             raise Error(f"{what}: use modules or a .jsonl file")
-        init = [i for text in sorted({tuple(c) for _, c in train.items}) for i in text if i != train.pad]
+        init = [i for text in sorted({tuple(c) for _, c, *_ in train.items}) for i in text if i != train.pad]
     elif init not in ("random", "vocabulary"):
         init = encoding.encode_ordinary(init)
     return {"n_tokens": args.tokens, "init": init}
@@ -311,6 +310,8 @@ def fit_data(model, args, encoding, *splits):
         if isinstance(splits[0], data.TokenStream):
             raise Error(f"--template goes around a prompt, and {', '.join(args.data)} has none: leave it out")
         for split in splits:
+            if any(len(item) > 2 for item in split.items):
+                raise Error("--template goes around one prompt, and a conversation has several answers: leave it out")
             split.items = [(apply_template(model, prompt, encoding), rest) for prompt, rest in split.items]
     left = free_positions(model) - len(apply_template(model, [encoding.eot_token], encoding)) + 1
     if args.length > left:

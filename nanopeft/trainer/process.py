@@ -93,7 +93,7 @@ def computing_precision(precision, ranks):
 
 @contextmanager
 def signals():
-    """A list that Ctrl-C, SIGTERM and a closed terminal put something into, so that the step under way can end first."""
+    """A list that Ctrl-C, SIGTERM and a closed terminal put something into, so that the step under way ends first."""
     numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}  # Windows has no SIGHUP
     heard = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]  # nohup ignores it
     received = []

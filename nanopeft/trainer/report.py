@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from nanopeft import adapter, memory, pipeline, zero
-from nanopeft.trainer import Failure, bases, checkpoint, measure
+from nanopeft.trainer import Failure, checkpoint, measure
 from nanopeft.trainer.methods import METHODS
 
 # ---------------------------------------------------------------------------------------------------- time and memory
@@ -139,8 +139,9 @@ def finish(args, precision, progress, counts, after, step_memory, rates, chat, t
         "loss_before": before["loss"], "loss_after": after["loss"],
         "bits_per_byte_before": before["bits"], "bits_per_byte_after": after["bits"],
         "accuracy_before": before["accuracy"], "accuracy_after": after["accuracy"],
-        "tokens_per_second": progress.tokens / max(1e-9, progress.training_seconds), "peak_memory_bytes": progress.peak or None,
-        "seconds": progress.seconds, "skipped_steps": progress.skipped, "ranks": progress.world,
+        "tokens_per_second": progress.tokens / max(1e-9, progress.training_seconds),
+        "peak_memory_bytes": progress.peak or None, "seconds": progress.seconds,
+        "skipped_steps": progress.skipped, "ranks": progress.world,
         "predicted_bytes": step_memory.predicted, "measured_bytes": step_memory.measured,
         "sent_elements": step_memory.sent, "bubble": bubble,
         "python": platform.python_version(), "torch": torch.__version__, "settings": progress.settings,
@@ -259,7 +260,8 @@ def compare(args, given):
 
     quantity = "loss" if results["full"]["accuracy_after"] is None else "accuracy"
     checkpoint.write(out / "compare.json", json.dumps(results, indent=2).encode())
-    checkpoint.write(out / "compare.png", lambda path: plot_comparison(path, results, quantity, drawable(', '.join(args.data))))
+    task = drawable(", ".join(args.data))
+    checkpoint.write(out / "compare.png", lambda path: plot_comparison(path, results, quantity, task))
     print(f"\n{table(results, quantity)}\n\n{out}/compare.json, {out}/compare.png")
 
 
