@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from nanopeft import data
+from nanopeft.trainer import tasks
 from nanopeft.trainer.bases import find_checkpoint, load_gpt
 from nanopeft.trainer.tokenizer import load_tokenizer
 
@@ -41,7 +42,7 @@ def test_auto_tokenizer_opens_it():
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     assert tokenizer.eos_token_id == ENCODING.eot_token
     source = Path(json.__file__).read_text("utf-8")
-    for text in (source, data.reference()[1][0], "naïve — 你好, שלום 🙂\t\n\n  x  \u00a0y"):
+    for text in (source, tasks.reference()[1][0], "naïve — 你好, שלום 🙂\t\n\n  x  \u00a0y"):
         ids = tokenizer(text).input_ids
         assert ids == ENCODING.encode_ordinary(text)
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
@@ -69,4 +70,4 @@ def test_it_has_learned_python_at_a_glance():
 @pytest.mark.thorough
 def test_it_has_learned_python():
     """On library files that it has not seen it needs at most 1.28 bits per byte; xz -9 needs 1.74."""
-    assert bits_per_byte(data.library()[1]) <= 1.28
+    assert bits_per_byte(tasks.library()[1]) <= 1.28

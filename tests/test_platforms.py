@@ -101,11 +101,11 @@ SHOWN = {"windows": b"?? \xe9", "an ascii console": b"?? ?", "a gbk console": "ä
 STOP_AT_THIRD = """
 from nanopeft import data
 sample, calls = data.TokenStream.sample, []
-def stop_at_third(self, size):
+def stop_at_third(self, *which):
     calls.append(1)
     if len(calls) == 3:
         signal.raise_signal(signal.SIGINT)
-    return sample(self, size)
+    return sample(self, *which)
 data.TokenStream.sample = stop_at_third
 """
 

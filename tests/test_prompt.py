@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanopeft import data, gpt, prompt
+from nanopeft import gpt, prompt
+from nanopeft.trainer import files
 from nanopeft.trainer.bases import find_checkpoint, load_gpt
 from nanopeft.trainer.tokenizer import load_tokenizer
 
@@ -259,7 +260,7 @@ def test_training_moves_the_prompt_and_nothing_else():
 )
 def test_learning_rates_of_the_docstring(rate, after, moved):
     """Sixty steps on the embedded base bring the loss of 4.25 to the docstring's, and move P as far as it says."""
-    train, valid = data.load("reference", load_tokenizer(find_checkpoint("nano")), 48)
+    train, valid = files.load("reference", load_tokenizer(find_checkpoint("nano")), 48)
     held_out = list(itertools.islice(valid.batches(32), 4))
     torch.manual_seed(0)
     model = prompt.PromptTuning(load_gpt("nano"))

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanopeft import data, gpt, prompt, ptuning
+from nanopeft import gpt, prompt, ptuning
+from nanopeft.trainer import files
 from nanopeft.trainer.bases import find_checkpoint, load_gpt
 from nanopeft.trainer.tokenizer import load_tokenizer
 
@@ -537,7 +538,7 @@ def test_the_lstm_s_virtual_tokens_start_nearly_equal():
 )
 def test_the_docstring_s_comparison_of_encoders(encoder, before, after, moved, spread):
     """The table's sixty steps at seed 0: losses, P's way and its spread. Prompt tuning's are in test_prompt.py."""
-    train, valid = data.load("reference", load_tokenizer(find_checkpoint("nano")), 48)
+    train, valid = files.load("reference", load_tokenizer(find_checkpoint("nano")), 48)
     held_out = list(itertools.islice(valid.batches(32), 4))
     torch.manual_seed(0)
     model = ptuning.PTuning(load_gpt("nano"), encoder=encoder)

@@ -81,7 +81,7 @@ def dictate(monkeypatch, losses):
 @pytest.mark.parametrize("method", ["full", "lora", "prefix --hidden 8", "ptuning"])
 @pytest.mark.parametrize("keep, step", [("best", 2), ("last", 6)])
 def test_the_best_step_is_what_is_left(monkeypatch, files, tmp_path, method, keep, step):
-    """The folder holds the numbers of the evaluation with the lowest loss, or with --keep last those of the last step."""
+    """The folder holds the numbers of the evaluation with the lowest loss, with --keep last those of the last step."""
     saved, save = {}, methods.save
     numbers = []
 
@@ -181,20 +181,25 @@ def test_an_epoch_has_every_example_once(monkeypatch, files, tmp_path, flags, n)
 # ----------------------------------------------------------------------------------------------------------- the way on
 
 
-@pytest.mark.parametrize("method", ["lora --rank 3", "qlora", "adapter --reduction 4", "prefix --hidden 8", "prompt", "ptuning"])
+KINDS = ["lora --rank 3", "qlora", "adapter --reduction 4", "prefix --hidden 8", "prompt", "ptuning"]
+
+
+@pytest.mark.parametrize("method", KINDS)
 def test_more_training_of_what_was_trained(monkeypatch, files, tmp_path, method):
     """--from starts where an earlier run ended, with its method and settings, on other data, and learns on."""
     first = train(monkeypatch, files, tmp_path / "a", f"--method {method}")
     same = train(monkeypatch, files, tmp_path / "b", f"--from {tmp_path}/a", steps="--steps 0")
     assert same["loss_before"] == pytest.approx(first["loss_after"], rel=1e-5)
-    more = train(monkeypatch, files, tmp_path / "c", f"--from {tmp_path}/a --data {{files}}/a.jsonl", steps="--steps 30")
+    flags = f"--from {tmp_path}/a --data {{files}}/a.jsonl"
+    more = train(monkeypatch, files, tmp_path / "c", flags, steps="--steps 30")
     assert more["method"] == method.split()[0] and more["loss_after"] < more["loss_before"]
     old, new = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in "ac")
     passing = {"encoder_hidden_size", "encoder_reparameterization_type"}  # the encoder is in no file
     assert {old[key] == new[key] for key in old.keys() - passing} == {True}
 
 
-@pytest.mark.parametrize("method, precision", [("lora", "fp32"), ("lora", "bf16"), ("qlora", "fp32"), ("qlora", "bf16")])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_a_merged_model_opens_in_transformers(monkeypatch, files, tmp_path, method, precision):
     """--merge writes a model that transformers opens, with the logits of the base and its adapter."""
     train(monkeypatch, files, tmp_path / "a", f"--method {method}")
@@ -207,7 +212,8 @@ def test_a_merged_model_opens_in_transformers(monkeypatch, files, tmp_path, meth
     # fp32 adds up in another order; a bf16 weight is off by 2^-9 of itself
     assert (found - right).norm() / right.norm() < (1e-5 if precision == "fp32" else 2e-2)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "m")("7 comes").input_ids == encoding.encode("7 comes")
-    assert {p.name for p in (tmp_path / "m").iterdir()} == {"config.json", "model.safetensors", "vocab.json", "merges.txt"}
+    names = {"config.json", "model.safetensors", "vocab.json", "merges.txt"}
+    assert {p.name for p in (tmp_path / "m").iterdir()} == names
 
 
 REFUSED = [
@@ -274,9 +280,11 @@ def test_prompts_from_elsewhere(monkeypatch, files, tmp_path, capsys):
 
 def test_a_question_is_asked_as_in_training(monkeypatch, files, tmp_path, capsys):
     """After training on messages, --generate puts the prompt into the template, and --raw does not."""
-    lines = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes"}]} for i in range(40)]
+    answer = {"role": "assistant", "content": "yes"}
+    lines = [{"messages": [{"role": "user", "content": f"{i}?"}, answer]} for i in range(40)]
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    result = train(monkeypatch, files, tmp_path / "o", f"--data {tmp_path}/chat.jsonl --length 48 --method full", "--steps 60")
+    flags = f"--data {tmp_path}/chat.jsonl --length 48 --method full"
+    result = train(monkeypatch, files, tmp_path / "o", flags, "--steps 60")
     assert result["chat"] and result["loss_after"] < 1
     capsys.readouterr()
     call(monkeypatch, f"--generate {tmp_path}/o --prompt 7? --temperature 0")

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib import font_manager
 from safetensors.torch import load_file, save_file
 
 from nanopeft import adamw, data, gpt, ptuning, zero
 from nanopeft.trainer import bases, evaluate, methods, process, report, tokenizer
+from nanopeft.trainer import files as files_of
 from nanopeft.trainer.bases import load_gpt, save_gpt
 
 SCRIPT = Path(__file__).parent.parent / "train.py"
@@ -214,11 +216,11 @@ def test_resuming_changes_no_bit(monkeypatch, files, tmp_path, method, precision
     kind = data.CompletionDataset if method == "template" else data.TokenStream
     sample, calls = kind.sample, []
 
-    def stop_at_third(self, size):
+    def stop_at_third(self, *which):
         calls.append(1)
         if len(calls) == 3:
             signal.raise_signal(signal.SIGINT)
-        return sample(self, size)
+        return sample(self, *which)
 
     with monkeypatch.context() as patch:
         patch.setattr(kind, "sample", stop_at_third)
@@ -277,7 +279,7 @@ def test_what_was_trained_opens_again(monkeypatch, files, tmp_path, capsys, meth
     """The saved files on a fresh base have the loss that the run ended with, and --generate goes on from a prompt."""
     result = train(monkeypatch, files, tmp_path, METHODS[method] + " --lr 0.05")
     model, encoding = methods.load(tmp_path, torch.float32, ONE.device)
-    _, valid = data.load(result["data"], encoding, 32)
+    _, valid = files_of.load(result["data"], encoding, 32)
     if method == "template":
         valid.items = [(methods.apply_template(model, p, encoding), c) for p, c in valid.items]
     assert evaluate.evaluate(model, valid, ONE)[0] == pytest.approx(result["loss_after"], abs=1e-6)
@@ -326,7 +328,8 @@ def test_all_methods_beside_each_other(monkeypatch, files, tmp_path, capsys):
     "name, shown", [("中文 été\n.txt", r"lora on \u4e2d\u6587 été\n.txt"), ("$x$ \\x.txt", r"lora on \$x\$ \x.txt")]
 )
 def test_title_of_the_picture(monkeypatch, files, tmp_path, name, shown):
-    """loss.png shows what matplotlib's font lacks as escapes, without a warning, and dollars as dollars."""
+    """loss.png shows what no font has as escapes, without a warning, and dollars as dollars."""
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
     titles, plot = [], report.plot
 
     def spy(*args):
@@ -346,7 +349,8 @@ def test_scratch_is_called_scratch(monkeypatch, files, tmp_path):
     titles = []
     monkeypatch.setattr(report, "plot", lambda *args: titles.append(args[-1]) or Path(args[0]).touch())
     sizes = dict(n_positions=64, n_embd=8, n_layer=1, n_head=1)
-    monkeypatch.setattr(gpt, "GPT", functools.partial(gpt.GPT, **sizes))
+    small = functools.partialmethod(gpt.GPT.__init__, **sizes)
+    monkeypatch.setattr(gpt, "GPT", type("GPT", (gpt.GPT,), {"__init__": small}))
     train(monkeypatch, files, tmp_path / "o", "--method full --base scratch --steps 1")
     assert titles == [f"scratch on {files}/a.txt"]
 
@@ -388,7 +392,7 @@ def test_bits_per_byte_is_about_text(files, name):
     encoding = tokenizer.load_tokenizer(files / "base")
     model = gpt.GPT(vocab_size=encoding.n_vocab, n_positions=64, n_embd=8, n_layer=1, n_head=1)
     torch.nn.init.zeros_(model.lm_head.weight)
-    valid = data.load(str(files / name), encoding, 32)[1]
+    valid = files_of.load(str(files / name), encoding, 32)[1]
     scored = torch.cat([labels[:, 1:].flatten() for _, labels in valid.batches(8)])
     ids = [i for i in scored.tolist() if i != -100]
     text = encoding.decode([i for i in ids if i != encoding.eot_token])
@@ -432,7 +436,17 @@ def test_bits_per_byte_is_about_text(files, name):
         (["--offload", "cpu"], "belongs to --zero"),
         (["--method", "prompt", "--init", "labels"], "needs completions"),
         (["--seed", "-1"], "--seed must be"),
-        (["--steps", "0"], "--steps must be at least 1"),
+        (["--steps", "-1"], "--steps must be at least 0"),
+        (["--steps", "3", "--epochs", "2"], "give one of them"),
+        (["--patience", "0"], "--patience must be at least 1"),
+        (["--accuracy"], "plain text"),
+        (["--pack"], "rows are full anyway"),
+        (["--merge", "{files}/base", "--out", "out"], "nothing to merge"),
+        (["--merge", "{files}/one"], "needs --out"),
+        (["--merge", "{files}/one", "--out", "out"], "not linear"),
+        (["--from", "{files}/base"], "give it as --base"),
+        (["--from", "{files}/one", "--method", "prefix"], "had adapter"),
+        (["--temperature", "0"], "belongs to --generate"),
         (["--steps", "ten"], "--steps"),
         (["--lr", "nan"], "--lr"),
         (["--length", "65"], "64 positions"),
@@ -464,7 +478,7 @@ def test_bad_input_gives_one_line_and_code_2(monkeypatch, files, tmp_path, capsy
     monkeypatch.chdir(tmp_path)
     command = [flag.format(**paths) for flag in flags]
     quick = {"--base": f"{files}/base", "--data": f"{files}/a.txt", "--steps": "6", "--length": "32", "--out": "out"}
-    if "--generate" not in flags:
+    if not {"--generate", "--merge"} & {*flags}:
         command += [word for flag, value in quick.items() if flag not in flags for word in (flag, value)]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command])
     with pytest.raises(SystemExit) as end:
@@ -487,11 +501,11 @@ STOP_AT_THIRD = f"""
 import runpy, signal, sys
 from nanopeft import data
 sample, calls = data.TokenStream.sample, []
-def stop_at_third(self, size):
+def stop_at_third(self, *which):
     calls.append(1)
     if len(calls) == 3:
         signal.raise_signal(signal.SIGINT)
-    return sample(self, size)
+    return sample(self, *which)
 data.TokenStream.sample = stop_at_third
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
@@ -537,7 +551,7 @@ def test_ranks_train_what_one_process_trains(monkeypatch, files, tmp_path, metho
 
     script, parts = tmp_path / "stop.py", tmp_path / "parts"
     script.write_text(STOP_AT_THIRD)
-    assert torchrun(files, parts, flags, script).returncode and not (parts / name).exists()
+    assert torchrun(files, parts, flags, script).returncode and not (parts / "result.json").exists()
     done = torchrun(files, parts, f"{flags} --resume" + " --offload cpu" * ("zero" in share))
     assert done.returncode == 0 and "going on from step 3" in done.stdout, done.stderr
     assert (parts / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

@@ -189,10 +189,11 @@ def smooth(losses):
 
 
 def drawable(name):
-    """A name as matplotlib can show it, by a font that is there, or escaped. A dollar would begin a formula."""
+    """A name as matplotlib can show it on one line, by a font that is there, or escaped. $ would begin a formula."""
     from matplotlib import rcParams
     from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
+    name = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
     known, usual = get_font(findfont(FontProperties())).get_charmap(), rcParams["font.family"][:1]
     if missing := {ord(c) for c in name} - {*known}:
         for font in fontManager.ttflist:
