@@ -4,10 +4,15 @@
 import copy
 import json
 import os
+import runpy
+import shutil
+import signal
 import sys
 import types
+from pathlib import Path
 from unittest import mock
 
+import peft
 import pytest
 import tokenizers
 import torch
@@ -19,8 +24,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanopeft import adamw, adapter, gpt, lora, prefix, prompt, ptuning, qlora, zero
-from nanopeft.trainer import Error, bases, measure
+from nanopeft.trainer import Error, bases, checkpoint, measure, methods, process
 
+SCRIPT = Path(__file__).parent.parent / "train.py"
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 GROUPED, SMALL = dict(num_key_value_heads=2), dict(n_embd=32, n_layer=2, n_head=4, n_positions=48)
 MODELS = {
@@ -592,3 +598,92 @@ def test_a_base_is_whole_or_not_there(folder, encodings, tmp_path, step):
         assert 0 < step
         refuse(bases.load_base, tmp_path, match="no base")
     assert not os.path.exists(tmp_path / ".new")
+
+
+# ----------------------------------------------------------------------------------------------- the way of a run
+
+
+def run(monkeypatch, flags):
+    """train.py in this process, which must end well."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags.split()])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture
+def talks(tmp_path, monkeypatch):
+    """Conversations in a .jsonl. A run in this process shares its streams."""
+    monkeypatch.setattr(process, "outlive_reader", lambda stream: None)
+    questions = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "ok 你"}] for i in range(30)]
+    (tmp_path / "talks.jsonl").write_text("\n".join(json.dumps({"messages": talk}) for talk in questions))
+    return tmp_path / "talks.jsonl"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_train_open_merge_and_ask(folder, monkeypatch, capsys, tmp_path, talks, kind):
+    """LoRA on conversations lowers the loss; peft, and transformers of the merged model, have our logits.
+
+    A run that was stopped goes on to the bits of one that was not. (peft refuses a Mamba's out_proj.)
+    """
+    base, whole = tmp_path / "base", tmp_path / "whole"
+    shutil.copytree(folder(kind), base)
+    new_tokenizer("bytes", CHAT).save_pretrained(base)
+    flags = f"--base {base} --data {talks} --batch 4 --length 28 --lr 0.01 --save-every 3"
+    run(monkeypatch, f"{flags} --steps 6 --out {whole}")
+    result = json.loads((whole / "result.json").read_text())
+    assert result["loss_after"] < result["loss_before"] and result["chat"]
+    note, seen = checkpoint.Progress.note, []
+
+    def interrupt(progress, loss):
+        seen.append(loss)
+        if len(seen) == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return note(progress, loss)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="stopped after step 3"):
+        patch.setattr(checkpoint.Progress, "note", interrupt)
+        run(patch, f"{flags} --steps 6 --out {tmp_path}/parts")
+    run(monkeypatch, f"{flags} --steps 6 --out {tmp_path}/parts --resume")
+    file = "adapter_model.safetensors"
+    assert (tmp_path / "parts" / file).read_bytes() == (whole / file).read_bytes()
+
+    model, _ = methods.load(str(whole), torch.float32, torch.device("cpu"))
+    others = []
+    if kind != "mamba":
+        others += [peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), whole)]
+    run(monkeypatch, f"--merge {whole} --out {tmp_path}/merged")
+    others += [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")]
+    with torch.no_grad():
+        right = model(IDS).logits
+        for other in others:  # fp32, in another order: some hundred numbers summed in each of a few products
+            assert (other(IDS).logits - right).abs().max() < 1e-5 * right.abs().max()
+    capsys.readouterr()
+    run(monkeypatch, f"--generate {whole} --prompt 7? --temperature 0 --max-new-tokens 5")
+    text = capsys.readouterr().out
+    run(monkeypatch, f"--generate {tmp_path}/merged --prompt 7? --temperature 0 --max-new-tokens 5")
+    assert text == capsys.readouterr().out
+
+
+OTHERS = ["full", "qlora", "adapter", "prefix", "prompt", "ptuning", "lora --pack", "lora --recompute"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", OTHERS)
+def test_methods_on_a_llama(folder, monkeypatch, tmp_path, talks, method, precision):
+    """Each method trains a Llama in each precision, and what it leaves opens with the loss that the run ended with."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(folder("llama"), base)
+    new_tokenizer("bytes", CHAT).save_pretrained(base)
+    monkeypatch.setattr(process, "slower_than_fp32", lambda dtype: False)
+    flags = f"--data {talks} --batch 4 --length 28 --steps 6 --precision {precision}"
+    run(monkeypatch, f"{flags} --base {base} --method {method} --lr 0.02 --out {out}")
+    result = json.loads((out / "result.json").read_text())
+    assert result["loss_after"] < result["loss_before"]
+    start = f"--base {out}" if method == "full" else f"--from {out}"
+    run(monkeypatch, f"{flags.replace('--steps 6', '--steps 0')} {start} --out {tmp_path}/again")
+    again = json.loads((tmp_path / "again" / "result.json").read_text())
+    assert again["loss_before"] == pytest.approx(result["loss_after"], rel=1e-5)

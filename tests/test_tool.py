@@ -17,8 +17,7 @@ import transformers
 from safetensors.torch import load_file
 
 from nanopeft import data, gpt
-from nanopeft.trainer import evaluate, methods, process, report, tokenizer
-from nanopeft.trainer.bases import load_base
+from nanopeft.trainer import evaluate, methods, process, report
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "train.py"
@@ -303,8 +302,3 @@ def test_names_in_pictures(name, shown):
     has_font = any(ord("中") in get_font(font.fname).get_charmap() for font in fontManager.ttflist)
     assert found == (shown or ("中.txt" if has_font else r"\u4e2d.txt"))
     rcParams["font.family"] = rcParams["font.family"][:1]
-
-
-def test_the_tokenizer_of_the_base_is_the_merged_models(files):
-    """(For the tests above: the small base has nano's tokenizer.)"""
-    assert tokenizer.load_tokenizer(files / "base").n_vocab <= load_base(str(files / "base")).config.vocab_size
