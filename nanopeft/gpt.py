@@ -253,7 +253,6 @@ def plain_loss(head, x, labels):
     return F.cross_entropy(logits, labels, ignore_index=-100)
 
 
-@torch.compiler.disable  # it runs autograd inside
 def chunked_loss(head, x, labels, rows):
     """The same with `rows` rows of logits at a time: 65 MB if the head is frozen, and 373 if it is trained, as dW in
     fp32 is 154 and a chunk's dW as much again. Without any label it is 0, not NaN."""

@@ -726,3 +726,9 @@ print(resident("VmHWM") - before)
         call = [sys.executable, "-c", code, *which.split()]
         done = subprocess.run(call, env=env, capture_output=True, text=True, check=True)
         assert abs(int(done.stdout) / 1e6 - megabytes) < 10, which  # the allocator's pages and the product's buffers
+
+
+def test_the_compiler_is_not_imported():
+    """torch's compiler takes a second to import, so that only a run that compiles waits for it."""
+    code = "import nanopeft.trainer.arguments, sys; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0

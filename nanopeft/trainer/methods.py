@@ -276,7 +276,8 @@ def merge(folder, out, dtype, device, force):
     if kind not in MERGE:
         raise Error(f"--merge {folder}: {kind} cannot be merged: {UNMERGEABLE[kind]}; load it beside its base instead")
     model, encoding = load(folder, dtype, device, force)
-    return save_whole(lora.remove_lora(MERGE[kind](model)), encoding, Path(out))
+    files = save_whole(lora.remove_lora(MERGE[kind](model)), encoding, Path(out))
+    print(f"{out}, a model that transformers and --base open: {', '.join(files)}")
 
 
 MERGE = {"lora": lora.merge_lora, "qlora": qlora.merge_qlora}
