@@ -9,6 +9,7 @@ Each is split by file or topic, so that no text, paragraph or prompt that valida
 """
 
 import ast
+import os
 import sysconfig
 import textwrap
 import tokenize
@@ -29,12 +30,20 @@ def library():
     """
     import numpy
 
-    train, valid = [*source_files(Path(numpy.__file__).parent).values()], []
-    for path, source in source_files(Path(sysconfig.get_path("stdlib"))).items():
-        if path.split("/")[0] not in (*PACKAGES, "http", "pydoc_data") and source:
-            held_out = zlib.crc32(path.encode()) % 20 == 0
-            (valid if held_out else train).append(source)
-    return train, valid
+    return [*source_files(Path(numpy.__file__).parent).values(), *standard_library(held_out=False)], known()
+
+
+def known():
+    """What `library` validates on: text of the kind that the embedded base knows, but has not seen."""
+    return standard_library(held_out=True)
+
+
+def standard_library(held_out):
+    def is_wanted(path):
+        left_out = path.split("/")[0] in (*PACKAGES, "http", "pydoc_data")
+        return not left_out and (zlib.crc32(path.encode()) % 20 == 0) == held_out
+
+    return [source for source in source_files(Path(sysconfig.get_path("stdlib")), is_wanted).values() if source]
 
 
 def reference():
@@ -65,15 +74,18 @@ def modules():
     return train, [(prompt, package) for prompt, package in valid if prompt not in trained_on]
 
 
-def source_files(folder):
+def source_files(folder, is_wanted=lambda path: True):
     """{path relative to folder: source} of every .py file below it but tests and installed packages."""
-    files = {}
-    for path in sorted(folder.rglob("*.py")):
-        parts = path.relative_to(folder).parts
-        if set(parts) & NOT_LIBRARY or parts[-1].startswith("_sysconfig"):  # the last has paths of this machine
-            continue
+    files, paths = {}, []
+    for place, folders, names in os.walk(folder):
+        folders[:] = {*folders} - NOT_LIBRARY  # walk enters those that are left
+        paths += [Path(place, name) for name in names if name.endswith(".py")]
+    for path in sorted(paths):
+        name = path.relative_to(folder).as_posix()
+        if path.name.startswith("_sysconfig") or not is_wanted(name):
+            continue  # the first has paths of this machine
         with suppress(SyntaxError, UnicodeDecodeError), tokenize.open(path) as file:  # as its own coding line says
-            files["/".join(parts)] = file.read()
+            files[name] = file.read()
     return files
 
 
