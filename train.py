@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from nanopeft import pipeline, recompute
 from nanopeft.trainer import Error, Failure, arguments, bases, checkpoint, files, generation, methods, process, report
+from nanopeft.trainer.compare import compare
 from nanopeft.trainer.engine import Engine, storage_dtype
 from nanopeft.trainer.evaluate import accuracy, count_labels, evaluate, mean_loss
 
@@ -40,7 +41,7 @@ from nanopeft.trainer.evaluate import accuracy, count_labels, evaluate, mean_los
 def main():
     args, given = arguments.parse(__doc__)
     if args.method == "all":
-        return report.compare(args, given)
+        return compare(args, given)
     ranks = process.start(args)
     if args.merge is not None:
         with checkpoint.claim(args.out):
@@ -65,7 +66,7 @@ def fine_tune(args, precision, ranks):
     train, valid = files.load(args.data, encoding, args.length, valid=args.valid, pack=args.pack)
     for line in methods.remarks(train, valid, encoding, args):
         ranks.say(line)
-    valid = valid.head(args.valid_tokens)
+    valid, known = valid.head(args.valid_tokens), files.load_known(args.remember, encoding, args.length)
     opening = generation.opening(args, encoding, valid)
     per_step = args.batch * args.accumulate
     if args.epochs is not None:
@@ -103,7 +104,7 @@ def fine_tune(args, precision, ranks):
     watched = valid.head(max(2048, args.eval_every * per_step * args.length // 4))
     if progress.step == 0:
         with engine.whole() as complete:
-            progress.before = examine(args, complete, valid, encoding, opening, ranks, "before any step")
+            progress.before = examine(args, complete, valid, known, encoding, opening, ranks, "before any step")
             progress.note(evaluate(complete, watched, ranks)[0] if watched is not valid else progress.before["loss"])
         checkpoint.set_aside(state, ranks)
     if args.accumulate < (args.pipeline or 0):
@@ -176,7 +177,7 @@ def fine_tune(args, precision, ranks):
         method.discard(complete)
         if args.keep == "best" and progress.best_step < progress.step:
             methods.restore(complete, args, out, progress, ranks)
-        after = examine(args, complete, valid, encoding, opening, ranks, f"after step {progress.step}")
+        after = examine(args, complete, valid, known, encoding, opening, ranks, f"after step {progress.step}")
         meter.lap(progress)
         if rank == 0 and args.steps > 0:
             counts |= methods.save(complete, encoding, args, out, checksums["base"])
@@ -197,14 +198,15 @@ def learning_rate(step, args):
     return args.lr * (1 + math.cos(math.pi * (step - warmup) / (args.steps - warmup))) / 2
 
 
-def examine(args, model, valid, encoding, opening, ranks, when):
-    """The figures of a model on the validation data, and a sample of what it writes."""
+def examine(args, model, valid, known, encoding, opening, ranks, when):
+    """The figures of a model on the validation data and on what the base knew, and a sample of what it writes."""
     loss, bits = evaluate(model, valid, ranks)
     if not math.isfinite(loss):
         raise Failure(f"loss {loss} {when}: {args.base} is damaged or needs more bits, or --lr is too large")
     right = accuracy(model, valid, ranks) if args.accuracy or args.data == ["modules"] else None
     text = generation.sample(model, encoding, opening, ranks.device, args.seed) if ranks.rank == 0 else ""
-    return {"loss": loss, "bits": bits, "accuracy": right, "sample": text}
+    old = evaluate(model, known, ranks)[0] if known else None
+    return {"loss": loss, "bits": bits, "accuracy": right, "known": old, "sample": text}
 
 
 def check(loss, norm, progress, state):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from nanopeft.trainer import report
+from nanopeft.trainer import compare
 
 ROOT = Path(__file__).parent.parent
 KILL = runpy.run_path(str(ROOT / "tests" / "bench" / "kill.py"))
@@ -193,12 +193,12 @@ def test_ctrl_c_lets_the_run_of_a_comparison_save(monkeypatch, tmp_path, system,
         def terminate(self):
             calls.append("terminate")
 
-    monkeypatch.setattr(report.subprocess, "Popen", Child)
-    monkeypatch.setattr(report.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(compare.subprocess, "Popen", Child)
+    monkeypatch.setattr(compare.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "platform", system)
     args = argparse.Namespace(out=str(tmp_path), base="nano", data="reference", resume=False)
     with pytest.raises(SystemExit) as end:
-        report.compare(args, set())
+        compare.compare(args, set())
     assert end.value.code == 1 and calls == ["wait", *["terminate"] * ended, "wait"]
 
 

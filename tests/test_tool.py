@@ -17,7 +17,9 @@ import transformers
 from safetensors.torch import load_file
 
 from nanopeft import data, gpt
-from nanopeft.trainer import evaluate, methods, process, report
+from nanopeft.trainer import arguments, evaluate, methods, process, report
+from nanopeft.trainer.bases import load_base, load_tokenizer
+from nanopeft.trainer.files import load_known
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "train.py"
@@ -302,3 +304,34 @@ def test_names_in_pictures(name, shown):
     has_font = any(ord("中") in get_font(font.fname).get_charmap() for font in fontManager.ttflist)
     assert found == (shown or ("中.txt" if has_font else r"\u4e2d.txt"))
     rcParams["font.family"] = rcParams["font.family"][:1]
+
+
+# ---------------------------------------------------------------------------------------------------------- forgetting
+
+
+def test_forgetting(monkeypatch, files, tmp_path, capsys):
+    """--remember reports the loss on a text before and after, as evaluated apart; after other training it is higher."""
+    old = tmp_path / "old.txt"
+    old.write_text("".join(f"Monday {i} is followed by Tuesday.\n\n" for i in range(60)))
+    flags = f"--method full --remember {old}"
+    first = train(monkeypatch, files, tmp_path / "a", f"{flags} --data {old}", steps="--steps 60")
+    capsys.readouterr()
+    second = train(monkeypatch, files, tmp_path / "b", f"{flags} --base {tmp_path}/a", steps="--steps 60")
+    assert first["known_loss_after"] < first["known_loss_before"]
+    assert second["known_loss_before"] == pytest.approx(first["known_loss_after"], rel=1e-6)
+    assert second["known_loss_after"] > second["known_loss_before"] + 0.1
+    shown = f"{second['known_loss_before']:.3f} before, {second['known_loss_after']:.3f} after"
+    assert f"forgetting   {shown}" in capsys.readouterr().out
+
+
+def test_what_the_embedded_base_knew(monkeypatch, tmp_path):
+    """On nano a run reports the loss on source of the library unasked; other bases know what --remember says."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--out", str(tmp_path)])
+    assert arguments.parse("")[0].remember == ["library"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--base", "scratch", "--method", "full"])
+    assert arguments.parse("")[0].remember is None
+    known = load_known(["library"], load_tokenizer("nano"), 128)
+    tokens, model = sum(ids.numel() for ids, _ in known.batches(8)), load_base("nano")
+    assert 15_000 < tokens < 18_000
+    loss, bits = evaluate.evaluate(model, known, process.Ranks(0, 1, CPU))
+    assert 0.9 < bits < 1.3  # on all of the library that it has not seen, 1.08 (tests/test_base.py)

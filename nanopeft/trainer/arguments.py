@@ -120,6 +120,8 @@ def add_flags(parser):
     add("--valid-tokens", type=int, default=VALID_TOKENS, metavar="N", help=most)
     add("--keep", choices=["best", "last"], default="best", help="which step's numbers the run leaves (best)")
     add("--patience", type=int, metavar="N", help="stop after N evaluations without a lower loss (never)")
+    names = "text that the base knew, to see what it forgets: .txt, .jsonl, or library, nano's own (nano: library)"
+    add("--remember", nargs="+", metavar="FILE", help=names)
     add("--accuracy", action="store_true", help="of .jsonl: the share of answers that are right to the letter")
 
     add = parser.add_argument_group("files").add_argument
@@ -190,6 +192,8 @@ def check_method(args, given):
         raise Error("--steps and --epochs both say how long: give one of them")
     if args.steps is None and args.epochs is None:
         args.steps = 300
+    if args.remember is None and args.base == "nano":
+        args.remember = ["library"]
     if args.length is None:
         args.length = 256 if args.data == ["modules"] or args.data[0].endswith(".jsonl") else 128
     least = dict(

@@ -27,9 +27,10 @@ from itertools import accumulate
 from pathlib import Path
 
 from nanopeft import data
-from nanopeft.trainer import Error
+from nanopeft.trainer import Error, tasks
 from nanopeft.trainer.tasks import TASKS
 
+KNOWN_TOKENS = 1 << 14
 BLANKS = re.compile(r"(?<!\s)\s{100000}")  # over a million of them tiktoken panics, which no except should catch
 ENDS = (r"\n\s*\n", r"\n", r"[.!?][\"')”]*\s+|[。！？]+[”』」]*")  # of a paragraph, a line, a sentence
 
@@ -62,6 +63,15 @@ def load(names, encoding, length, *, valid=None, pack=False):
     train, held_out = (kind(split, encoding, length) for split in (train, held_out))
     held_out.n_leaked = n_leaked
     return train, held_out
+
+
+def load_known(names, encoding, length):
+    """What a base knew before the run: "library", which is the embedded base's, or files. None without names."""
+    if not names:
+        return None
+    found = tasks.known() if names == ["library"] else read_files(names)
+    kind = data.TokenStream if isinstance(found[0], str) else data.CompletionDataset
+    return kind(found, encoding, length).head(KNOWN_TOKENS)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

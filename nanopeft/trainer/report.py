@@ -3,8 +3,6 @@
 
 import json
 import platform
-import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -14,8 +12,7 @@ from pathlib import Path
 import torch
 
 from nanopeft import adapter, memory, pipeline, zero
-from nanopeft.trainer import Failure, checkpoint, measure
-from nanopeft.trainer.methods import METHODS
+from nanopeft.trainer import checkpoint, measure
 
 # ---------------------------------------------------------------------------------------------------- time and memory
 
@@ -139,6 +136,7 @@ def finish(args, precision, progress, counts, after, step_memory, rates, chat, t
         "loss_before": before["loss"], "loss_after": after["loss"],
         "bits_per_byte_before": before["bits"], "bits_per_byte_after": after["bits"],
         "accuracy_before": before["accuracy"], "accuracy_after": after["accuracy"],
+        "known_loss_before": before["known"], "known_loss_after": after["known"],
         "tokens_per_second": progress.tokens / max(1e-9, progress.training_seconds),
         "peak_memory_bytes": progress.peak or None, "seconds": progress.seconds,
         "skipped_steps": progress.skipped, "ranks": progress.world,
@@ -163,6 +161,8 @@ def finish(args, precision, progress, counts, after, step_memory, rates, chat, t
         print(f"validation   lowest after step {progress.best_step} of {progress.step}: {kept}")
     if after["accuracy"] is not None:
         print(f"accuracy     {before['accuracy']:.1%} before, {after['accuracy']:.1%} after")
+    if after["known"] is not None:
+        print(f"forgetting   {before['known']:.3f} before, {after['known']:.3f} after, in nats per token of old text")
     print(f"speed        {result['tokens_per_second']:,.0f} tokens/s, {progress.seconds:.0f} s in all")
     print(f"memory       {gigabytes(progress.peak)} at the peak, base included")
     if progress.skipped:
@@ -221,97 +221,4 @@ def plot(path, progress, rates, title):
     right.plot(steps, rates, color="gray", linewidth=0.8, linestyle="--", label="learning rate")
     right.set(ylabel="learning rate", ylim=(0, None))
     axes.legend(*(a + b for a, b in zip(axes.get_legend_handles_labels(), right.get_legend_handles_labels())))
-    figure.savefig(path, dpi=120, format="png")
-
-
-# ---------------------------------------------------------------------------------------------------------- comparison
-
-
-def compare(args, given):
-    """--method all: each method in a process of its own, so that its peak of memory is its own; a table, a figure."""
-    out = Path(args.out)
-    shared = {name: getattr(args, name) for name in sorted(given - {"method", "out"})}
-    runs = {name: {"method": name} for name in METHODS if name != "fusion"}
-    if args.base == "nano":
-        runs["scratch"] = {"method": "full", "base": "scratch"}
-    # A fusion is of adapters of several tasks: this one, and one more
-    other = "reference" if args.data == ["modules"] else "modules"
-    runs[f"adapter-{other}"] = {"method": "adapter", "data": [other], "valid": None, "accuracy": False}
-    runs["fusion"] = {"method": "fusion", "adapters": [f"{out}/adapter", f"{out}/adapter-{other}"]}
-
-    results = {}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to pass it on
-    with checkpoint.claim(out):
-        for name, flags in runs.items():
-            print(f"\n{name}", flush=True)
-            command = [sys.executable, sys.argv[0], *as_flags(shared | flags | {"out": f"{out}/{name}"})]
-            child = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # its report is in its result.json
-            try:
-                code = child.wait()
-            except KeyboardInterrupt:
-                if sys.platform != "win32":  # there Ctrl-C reaches it as well, and this would not let it save
-                    child.terminate()  # it saves its state and ends
-                code = child.wait() or 1  # 0: it was at its last step
-            if code < 0:  # the system's, if memory ran out
-                raise Failure(f"{name} was ended by signal {-code}; the same command with --resume goes on")
-            if code:
-                sys.exit(code)
-            results[name] = json.loads((out / name / "result.json").read_text("utf-8"))
-    del results[f"adapter-{other}"]
-
-    quantity = "loss" if results["full"]["accuracy_after"] is None else "accuracy"
-    checkpoint.write(out / "compare.json", json.dumps(results, indent=2).encode())
-    task = drawable(", ".join(args.data))
-    checkpoint.write(out / "compare.png", lambda path: plot_comparison(path, results, quantity, task))
-    print(f"\n{table(results, quantity)}\n\n{out}/compare.json, {out}/compare.png")
-
-
-def as_flags(settings):
-    """{name: value} as a command line has it."""
-    for name, value in settings.items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, list):
-            yield from (flag, *value)
-        elif value is True:
-            yield flag
-        elif value not in (None, False):
-            yield f"{flag}={value}"
-
-
-def table(results, quantity):
-    show = "{:.3f}" if quantity == "loss" else "{:.1%}"
-    untouched = show.format(results["full"][f"{quantity}_before"])
-    rows = [["method", "trained", "share", "stored", "on disk", f"{quantity} before", "after", "tokens/s", "memory"]]
-    rows.append(["untouched", "0", "0 %", "0", "0", untouched, untouched, "", ""])
-    for name, r in results.items():
-        counts = [f"{r['trained_parameters']:,}", f"{r['trained_parameters'] / r['total_parameters']:.2%}"]
-        stored = [f"{r['stored_parameters']:,}", f"{r['stored_bytes'] / 1e6:.2f} MB"]
-        quality = [show.format(r[f"{quantity}_{when}"]) for when in ("before", "after")]
-        cost = [f"{r['tokens_per_second']:,.0f}", gigabytes(r["peak_memory_bytes"])]
-        rows.append([name, *counts, *stored, *quality, *cost])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * w for w in widths])
-    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in rows)
-
-
-def plot_comparison(path, results, quantity, task):
-    """Left: what each method reaches, against how much it trains. Right: its training loss."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for i, (name, r) in enumerate(results.items()):
-        x, y, color = r["trained_parameters"], r[f"{quantity}_after"], f"C{i}"
-        left.scatter(x, y, color=color, zorder=3)
-        beside = (0, 7 if i % 2 else -15)  # above and below in turn: neighbours would write over one another
-        left.annotate(name, (x, y), textcoords="offset points", xytext=beside, ha="center", color=color)
-        right.plot(range(1, len(r["losses"]) + 1), smooth(r["losses"]), color=color, label=name)
-    left.axhline(results["full"][f"{quantity}_before"], color="gray", linestyle="--", label="untouched base")
-    unit = "nats per token of validation data" if quantity == "loss" else "share of validation examples"
-    left.set(xscale="log", xlabel="trained parameters", ylabel=f"{quantity}, {unit}", title=f"{task}: quality and size")
-    left.margins(0.12)
-    right.set(xlabel="step", ylabel="training loss, nats per token", title=f"{task}: training")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend()
     figure.savefig(path, dpi=120, format="png")
