@@ -94,10 +94,11 @@ def computing_precision(precision, ranks):
 @contextmanager
 def signals():
     """A list that Ctrl-C, SIGTERM and a closed terminal put something into, so that the step under way ends first."""
-    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}  # Windows has no SIGHUP
-    heard = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]  # nohup ignores it
+    numbers, closed = [signal.SIGINT, signal.SIGTERM], getattr(signal, "SIGHUP", None)  # Windows has no SIGHUP
+    if closed and signal.getsignal(closed) is not signal.SIG_IGN:  # as nohup sets it
+        numbers.append(closed)
     received = []
-    handlers = {n: signal.signal(n, lambda n, _: received.append(n)) for n in heard}
+    handlers = {n: signal.signal(n, lambda n, _: received.append(n)) for n in numbers}
     try:
         yield received
     finally:
