@@ -312,14 +312,17 @@ def test_prompt_starts_where_it_is_told(monkeypatch, files, tmp_path, init):
 
 @pytest.mark.thorough
 def test_all_methods_beside_each_other(monkeypatch, files, tmp_path, capsys):
-    """--method all runs every method with the same flags, and leaves one table and one figure."""
-    command = f"--method all --base {files}/base --data {files}/a.txt --steps 2 --batch 2 --length 32 --out {tmp_path}"
+    """--method all runs every method with the same flags, and leaves one table and two figures."""
+    texts = f"--base {files}/base --data {files}/a.txt --remember {files}/a.txt"
+    command = f"--method all {texts} --steps 2 --batch 2 --length 32 --out {tmp_path}"
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command.split()])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     results = json.loads((tmp_path / "compare.json").read_text())
-    assert results.keys() == {"full", "lora", "qlora", "adapter", "prefix", "prompt", "ptuning", "scratch", "fusion"}
-    assert all(r["data"] == f"{files}/a.txt" and r["steps"] == 2 and len(r["losses"]) == 2 for r in results.values())
-    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert results.keys() == {"full", "lora", "qlora", "adapter", "prefix", "prompt", "ptuning", "fusion"}
+    assert all(r["data"] == [f"{files}/a.txt"] and r["steps"] == 2 and len(r["losses"]) == 2 for r in results.values())
+    for name in ("compare.png", "forgetting.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert all(r["known_loss_after"] is not None for r in results.values())
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 3 + len(results) and len({len(line) for line in table}) == 1
 
