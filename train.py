@@ -157,8 +157,8 @@ def fine_tune(args, precision, ranks):
             if progress.step % args.eval_every == 0 or last:
                 meter.lap(progress, training=True)
                 with engine.whole() as complete:
-                    better = progress.note(evaluate(complete, watched, ranks)[0])
-                    if better and args.keep == "best" and rank == 0:
+                    better = progress.note(evaluate(complete, watched, ranks)[0]) and args.keep == "best"
+                    if better and rank == 0:
                         methods.save(complete, encoding, args, out, checksums["base"])
                         progress.kept = checkpoint.checksum_of(out)
                 meter.lap(progress)

@@ -4,6 +4,7 @@
 The longer forms: python tests/bench/kill.py --kills 100, and CASES=100000 pytest -m thorough tests/test_survives.py.
 """
 
+import argparse
 import copy
 import json
 import math
@@ -28,7 +29,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanopeft import adamw, adapter, data, gpt, lora, prefix, prompt, ptuning, quant
-from nanopeft.trainer import Error, bases, checkpoint, evaluate, methods, peft_config, process, tokenizer
+from nanopeft.trainer import Error, bases, checkpoint, evaluate, generation, methods, peft_config, process, tokenizer
+from nanopeft.trainer import files as files_of
 from nanopeft.trainer.bases import load_gpt, save_gpt
 
 ROOT = Path(__file__).parent.parent
@@ -99,13 +101,12 @@ def test_a_killed_run_ends_as_a_whole_one(files, tmp_path, method):
     assert KILL["differences"](last, whole) == []
 
 
-# Runs in the child before train.py: {what} happens in the {n}-th call of save_file
+# Runs in the child before train.py: {what} happens in the {n}-th call of save_file for the state or the model
 IN_A_SAVE = """
 import safetensors.torch, resource, signal
 save, calls, replace = safetensors.torch.save_file, [], os.replace
 def save_file(tensors, path, metadata=None):
-    calls.append(1)
-    now = len(calls) == {n}
+    now = {file!r} in os.path.basename(path) and (calls.append(1) or len(calls) == {n})
     if now and {what!r} == "the disk is full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
     save(tensors, path, metadata)
@@ -115,11 +116,10 @@ def save_file(tensors, path, metadata=None):
         os.kill(os.getpid(), signal.SIGKILL)
 def replaced(*paths):
     replace(*paths)
-    if len(calls) == {n} and {what!r} == "it is in its place":
+    if len(calls) == {n} and {what!r} == "it is in its place" and {file!r} in os.path.basename(paths[1]):
         os.kill(os.getpid(), signal.SIGKILL)
 safetensors.torch.save_file, os.replace = save_file, replaced
 """
-SAVES = KILL["STEPS"] // KILL["SAVE_EVERY"]  # the next one is that of the adapter
 
 
 @pytest.fixture(scope="module")
@@ -127,38 +127,46 @@ def whole(files):
     return KILL["whole_run"](files, files / "whole", "--method lora")[0]
 
 
-KILLS = [("half is written", 1), ("it is in its place", SAVES + 1)]
-MORE_KILLS = [("half is written", SAVES + 1), ("all is written", 1), ("all is written", SAVES + 1)]
-MORE_KILLS += [("it is in its place", 1)]
+WHEN = ("half is written", "all is written", "it is in its place")
+# The first state is of step 3. The second best adapter is written before the state of step 6, the last at the end
+SAVES = [("state", 1, "", 0), ("model", 2, "", 3), ("model", 1, "--keep last", KILL["STEPS"])]
+KILLS = [("half is written", *SAVES[0]), ("it is in its place", *SAVES[1])]
+MORE_KILLS = [(what, *save) for what in WHEN for save in SAVES if (what, *save) not in KILLS]
 
 
-@pytest.mark.parametrize("what, n", [*KILLS, *(pytest.param(*case, marks=thorough) for case in MORE_KILLS)])
-def test_killed_in_a_save(files, tmp_path, whole, what, n):
+@pytest.mark.parametrize("what, file, n, flags, at", [*KILLS, *(pytest.param(*k, marks=thorough) for k in MORE_KILLS)])
+def test_killed_in_a_save(files, tmp_path, whole, what, file, n, flags, at):
     """A kill inside of a save leaves the old file or the new one, and --resume ends with a whole run's bits."""
-    process = KILL["start"](files, tmp_path / "o", "--method lora", IN_A_SAVE.format(what=what, n=n))
+    flags = f"--method lora {flags}"
+    process = KILL["start"](files, tmp_path / "o", flags, IN_A_SAVE.format(what=what, n=n, file=file))
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    saved = min(SAVES, n if what == "it is in its place" else n - 1)
-    assert KILL["state_step"](tmp_path / "o") == saved * KILL["SAVE_EVERY"]
-    last, _ = KILL["whole_run"](files, tmp_path / "o", "--method lora --resume")
+    has_new_state = what == "it is in its place" and file == "state"
+    assert KILL["state_step"](tmp_path / "o") == at + KILL["SAVE_EVERY"] * has_new_state
+    last, _ = KILL["whole_run"](files, tmp_path / "o", f"{flags} --resume")
+    if "last" in flags:
+        whole, _ = KILL["whole_run"](files, tmp_path / "whole", flags)
     assert KILL["differences"](last, whole) == []
 
 
-@pytest.mark.parametrize(
-    "method, n", [("lora", 3), *(pytest.param(method, SAVES + 1, marks=thorough) for method in ("lora", "full"))]
-)
-def test_disk_full(files, tmp_path, whole, method, n):
+FULL = [("lora", "model", 1, "--keep last", KILL["STEPS"]), ("full", "model", 1, "--keep last", KILL["STEPS"])]
+FULL = [("lora", "state", 3, "", 6), *(pytest.param(*case, marks=thorough) for case in FULL)]
+
+
+@pytest.mark.parametrize("method, file, n, flags, at", FULL)
+def test_disk_full(files, tmp_path, whole, method, file, n, flags, at):
     """A disk that is full ends the run with exit code 1 and one line; the last good state stays, and can be resumed."""
-    process = KILL["start"](files, tmp_path / "o", f"--method {method}", IN_A_SAVE.format(what="the disk is full", n=n))
+    flags, first = f"--method {method} {flags}", IN_A_SAVE.format(what="the disk is full", n=n, file=file)
+    process = KILL["start"](files, tmp_path / "o", flags, first)
     process.join()
     log = (tmp_path / "o.log").read_text()
     assert process.exitcode == 1 and "Traceback" not in log
     line = log.strip().split("\n")[-1]
     assert line.startswith("train.py: ") and "File too large" in line and "--resume" in line and str(tmp_path) in line
-    assert KILL["state_step"](tmp_path / "o") == min(SAVES, n - 1) * KILL["SAVE_EVERY"]
+    assert KILL["state_step"](tmp_path / "o") == at
     assert not list((tmp_path / "o").glob("*.new"))
-    last, _ = KILL["whole_run"](files, tmp_path / "o", f"--method {method} --resume")
-    assert method == "full" or KILL["differences"](last, whole) == []
+    last, _ = KILL["whole_run"](files, tmp_path / "o", f"{flags} --resume")
+    assert "last" in flags or KILL["differences"](last, whole) == []
 
 
 def test_interrupted_before_the_first_step(monkeypatch, files, tmp_path, capsys):
@@ -176,9 +184,9 @@ def test_interrupted_in_a_step_says_where_it_saved(monkeypatch, files, tmp_path,
     """Ctrl-C in a step ends after it with exit code 1 and a line that names the step, the state and --resume."""
     sample = data.TokenStream.sample
 
-    def interrupt(self, size):
+    def interrupt(self, *which):
         signal.raise_signal(signal.SIGINT)
-        return sample(self, size)
+        return sample(self, *which)
 
     monkeypatch.setattr(data.TokenStream, "sample", interrupt)
     assert train(monkeypatch, files, tmp_path / "o") == 1
@@ -193,11 +201,11 @@ def stop_after(monkeypatch, n):
     """Ctrl-C in the n-th step from here."""
     sample, calls = data.TokenStream.sample, []
 
-    def interrupt(self, size):
+    def interrupt(self, *which):
         calls.append(1)
         if len(calls) == n:
             signal.raise_signal(signal.SIGINT)
-        return sample(self, size)
+        return sample(self, *which)
 
     monkeypatch.setattr(data.TokenStream, "sample", interrupt)
 
@@ -209,7 +217,8 @@ def test_a_new_run_keeps_the_state_of_one_that_did_not_end(monkeypatch, files, t
         with monkeypatch.context() as patch:
             stop_after(patch, n)
             assert train(patch, files, out, f"--seed {seed}") == 1
-    assert {path.name for path in out.iterdir()} == {"state.safetensors", "state-1.safetensors"}
+    names = {"adapter_config.json", "adapter_model.safetensors"}  # the best so far
+    assert {path.name for path in out.iterdir()} == names | {"state.safetensors", "state-1.safetensors"}
     assert capsys.readouterr().out.count("the state of a run that did not end is kept as") == 1
     os.replace(out / "state-1.safetensors", out / "state.safetensors")
     assert train(monkeypatch, files, out, "--seed 1 --resume") == 0
@@ -239,11 +248,10 @@ def test_a_run_that_fails_early_moves_nothing(monkeypatch, files, tmp_path, caps
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         assert train(patch, files, tmp_path / "o") == 1
-    before = (tmp_path / "o" / "state.safetensors").read_bytes()
+    before = {path: path.read_bytes() for path in (tmp_path / "o").iterdir()}
     monkeypatch.setattr(gpt, "chunked_loss", lambda *args: torch.tensor(math.nan))
     assert train(monkeypatch, files, tmp_path / "o") == 1 and train(monkeypatch, files, tmp_path / "o", "--rank 0") == 2
-    assert [path.name for path in (tmp_path / "o").iterdir()] == ["state.safetensors"]
-    assert (tmp_path / "o" / "state.safetensors").read_bytes() == before
+    assert {path: path.read_bytes() for path in (tmp_path / "o").iterdir()} == before
 
 
 def test_two_runs_in_one_folder(monkeypatch, files, tmp_path, capsys):
@@ -312,15 +320,20 @@ def test_a_reader_that_goes(files, tmp_path, flags, streams):
 # ------------------------------------------------------------------------------------------------------------- samples
 
 
+def sample(model, encoding, text):
+    ids = generation.start(encoding) + encoding.encode_ordinary(text)
+    return generation.sample(model, encoding, ids, CPU, 0)
+
+
 def test_a_prompt_that_leaves_little_room(monkeypatch, files, capsys):
     """A prompt that leaves fewer tokens than a sample has says on stderr how many; a shorter one says nothing."""
     model, encoding = methods.load(files / "base", torch.float32, CPU)
     for n in (1, 61):  # and <eot>, of 64 positions
-        evaluate.sample(model, encoding, "x" * n, CPU, 0)
+        sample(model, encoding, "x" * n)
         assert f"the prompt takes {n + 1} of 64 positions: {63 - n} are left" in capsys.readouterr().err
     model.config.n_positions = 200
     monkeypatch.setattr(gpt, "generate", lambda model, ids, *_, **__: ids)
-    evaluate.sample(model, encoding, "x", CPU, 0)
+    sample(model, encoding, "x")
     assert capsys.readouterr().err == ""
 
 
@@ -331,7 +344,7 @@ def test_a_sample_ends_with_a_whole_character(monkeypatch, files, text):
     tokens = [encoding.encode_single_token(bytes([byte])) for byte in b"a\xffb"]
     added = encoding.encode_ordinary(text)[:-1] if text != "a" else tokens
     monkeypatch.setattr(gpt, "generate", lambda model, ids, *_, **__: torch.cat((ids, torch.tensor([added])), 1))
-    shown = evaluate.sample(model, encoding, "中", CPU, 0)
+    shown = sample(model, encoding, "中")
     assert shown == "中" + text[:-1] if text != "a" else shown == "中a\ufffdb"
 
 
@@ -376,18 +389,20 @@ def test_state_of_another_base(monkeypatch, files, tmp_path, capsys, shape):
 
 def stop_after_two(monkeypatch, files, out, flags):
     """A run of 6 steps that Ctrl-C ended after the second."""
-    sample, calls = data.TokenStream.sample, []
+    calls = []
 
-    def interrupt(kind, size, sample):
-        calls.append(1)
-        if len(calls) == 2:
-            signal.raise_signal(signal.SIGINT)
-        return sample(kind, size)
+    def interrupting(sample):
+        def interrupt(*which):
+            calls.append(1)
+            if len(calls) == 2:
+                signal.raise_signal(signal.SIGINT)
+            return sample(*which)
+
+        return interrupt
 
     with monkeypatch.context() as patch:
         for kind in (data.TokenStream, data.CompletionDataset):
-            sample = kind.sample
-            patch.setattr(kind, "sample", lambda self, size, sample=sample: interrupt(self, size, sample))
+            patch.setattr(kind, "sample", interrupting(kind.sample))
         assert train(patch, files, out, flags) == 1
 
 
@@ -734,7 +749,7 @@ def test_bad_files_are_refused_or_load(tmp_path, cases):
         with Allocations() as seen:
             try:
                 model, encoding = methods.load(folder, torch.float32, CPU)
-                evaluate.sample(model, encoding, "ab", CPU, 0)
+                sample(model, encoding, "ab")
                 outcomes["loaded"] += 1
             except process.ERRORS:
                 outcomes["refused"] += 1
@@ -761,9 +776,10 @@ def test_bad_data_is_refused_or_read(tmp_path, cases):
         else:
             path.write_bytes(spoil_bytes(draw.draw, path.read_bytes()))
         try:
-            for side in data.load(str(path), ENCODING, 8):
-                side.sample(2), list(side.batches(2)), evaluate.first_words(side), evaluate.count_bytes(side)
-        except data.Error as error:
+            for side in files_of.load(str(path), ENCODING, 8):
+                side.sample(2), list(side.batches(2)), evaluate.count_bytes(side)
+                generation.opening(argparse.Namespace(prompt=None), ENCODING, side)
+        except process.ERRORS as error:
             assert "\n" not in str(error)
 
     one()
@@ -818,7 +834,7 @@ def test_virtual_tokens_are_no_text(tmp_path, pseudo_id):
     path = tmp_path / "template" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pseudo_id": pseudo_id}))
     model, encoding = methods.load(tmp_path / "template", torch.float32, CPU)
-    assert "ab" in evaluate.sample(model, encoding, "ab", CPU, 0)
+    assert "ab" in sample(model, encoding, "ab")
 
 
 def test_huge_encoder_is_not_made(tmp_path):
@@ -906,7 +922,7 @@ def test_any_text_is_kept(tmp_path, text):
     """Odd texts, as prompt and as completion, come out of the tokens as they went in, and never as a special token."""
     lines = [{"prompt": text + word, "completion": text} for word in ("", "one", "two")]
     path = examples(tmp_path, [*lines, b"", b"   ", b"\r"])
-    train_side, valid = data.load(str(path), ENCODING, 20_000)
+    train_side, valid = files_of.load(str(path), ENCODING, 20_000)
     assert len(train_side.items) + len(valid.items) == 3 and train_side.n_truncated == valid.n_truncated == 0
     for p, c in train_side.items + valid.items:
         assert ENCODING.decode(p[1:]).removesuffix("one").removesuffix("two") == ENCODING.decode(c[:-1]) == text
@@ -929,8 +945,8 @@ def test_any_text_is_kept(tmp_path, text):
 def test_bad_lines_are_named(tmp_path, line, says):
     """What cannot be read is refused in one line with the number of its line."""
     good = {"prompt": "a", "completion": "b"}
-    with pytest.raises(data.Error, match=says) as error:
-        data.load(str(examples(tmp_path, [good, b"", line, good])), ENCODING, 16)
+    with pytest.raises(Error, match=says) as error:
+        files_of.load(str(examples(tmp_path, [good, b"", line, good])), ENCODING, 16)
     assert "line 3" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -939,13 +955,13 @@ def test_texts_of_ten_megabytes_on_a_line(tmp_path):
     encoding = tokenizer.load_tokenizer(bases.find_checkpoint("nano"))
     path = tmp_path / "a.txt"
     path.write_text("words and words, " * 600_000)
-    train_side, valid = data.load(str(path), encoding, 128)
+    train_side, valid = files_of.load(str(path), encoding, 128)
     assert evaluate.count_bytes(train_side) + evaluate.count_bytes(valid) == 10_200_000
     path.write_text("one\ntwo" + " " * 2_000_000 + "three")
-    with pytest.raises(data.Error, match="line 2: 100,000 blanks"):
-        data.load(str(path), encoding, 128)
+    with pytest.raises(Error, match="line 2: 100,000 blanks"):
+        files_of.load(str(path), encoding, 128)
     path.write_text("one\ntwo" + " " * 99_999 + "three")
-    assert sum(map(evaluate.count_bytes, data.load(str(path), encoding, 8))) == 7 + 99_999 + 5
+    assert sum(map(evaluate.count_bytes, files_of.load(str(path), encoding, 8))) == 7 + 99_999 + 5
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
@@ -953,8 +969,8 @@ def test_what_is_no_file_is_named(tmp_path, kind):
     """A folder or a named pipe in the place of a text is refused, and not waited for."""
     path = tmp_path / "a.txt"
     path.mkdir() if kind == "folder" else os.mkfifo(path)
-    with pytest.raises(data.Error, match="a folder or a device"):
-        data.load(str(path), ENCODING, 16)
+    with pytest.raises(Error, match="a folder or a device"):
+        files_of.load(str(path), ENCODING, 16)
 
 
 def test_a_file_that_shrinks(tmp_path):
@@ -963,7 +979,7 @@ def test_a_file_that_shrinks(tmp_path):
     path.write_text("one line and another\n" * 100)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os.path, "isfile", lambda p: os.truncate(path, 1050) is None)
-        text = data.read(str(path))
+        text = files_of.read(str(path))
     assert text == "one line and another\n" * 50
 
 
@@ -1021,7 +1037,7 @@ def test_a_bad_loss_stops_the_run(monkeypatch, files, tmp_path, capsys, bad, sav
             self.param_groups[0]["params"][0].data.fill_(bad)
 
     monkeypatch.setattr(adamw.AdamW, "step", ruin)
-    assert train(monkeypatch, files, tmp_path / "o", f"--save-every {save_every}") == 1
+    assert train(monkeypatch, files, tmp_path / "o", f"--keep last --save-every {save_every}") == 1
     line = last_line(capsys)
     assert "at step 4" in line and "--lr" in line and len(calls) == 4
     assert KILL["state_step"](tmp_path / "o") == (3 if save_every == 1 else 0)
@@ -1099,7 +1115,7 @@ def test_out_of_memory_is_one_line(monkeypatch, files, tmp_path, capsys):
     assert "out of memory" in last_line(capsys)
 
 
-@pytest.mark.parametrize("flags, code", [("--steps 0", 2), (f"--batch {10**15}", 1)])
+@pytest.mark.parametrize("flags, code", [("--steps -1", 2), (f"--batch {10**15}", 1)])
 def test_debug_shows_the_traceback(monkeypatch, files, tmp_path, capsys, flags, code):
     """--debug shows where an error came from, above the same line and with the same exit code."""
     assert train(monkeypatch, files, tmp_path / "o", f"{flags} --debug") == code

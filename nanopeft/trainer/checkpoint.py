@@ -219,7 +219,8 @@ def load_state(path, settings, shapes, checksums, force):
         raise Error(f"{path} does not fit at {wrong[0]}: the base is not the one of its run")
     for name, value in checksums.items():
         if progress.checksums.get(name, value) != value and not force:
-            what = f"--{name} {settings[name]} is not what it was when the run of {path} began"
+            given = settings[name] if isinstance(settings[name], str) else " ".join(settings[name])
+            what = f"--{name} {given} is not what it was when the run of {path} began"
             raise Error(f"{what}: put it back, start again without --resume, or go on all the same with --force")
     for kept in states.values():
         if len(kept) > 1:  # with fp16 there may have been nothing but overflows, and no m and v
