@@ -44,11 +44,11 @@ def train(flags, stop=None, ruin=False):
     out.reconfigure = lambda **_: None
     sample, update = data.TokenStream.sample, adamw.AdamW.step
 
-    def stopping(self, size):
+    def stopping(self, *which):
         calls.append(1)
         if len(calls) == stop:
             signal.raise_signal(signal.SIGINT)
-        return sample(self, size)
+        return sample(self, *which)
 
     def ruining(self, *args, **options):
         update(self, *args, **options)
@@ -79,11 +79,11 @@ def die(flags):
     """Rank 1 is killed in the third draw of a micro-batch."""
     sample, calls = data.TokenStream.sample, []
 
-    def dying(self, size):
+    def dying(self, *which):
         calls.append(1)
         if len(calls) == 3 and dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return sample(self, size)
+        return sample(self, *which)
 
     data.TokenStream.sample = dying
     train(flags)
