@@ -77,6 +77,7 @@ def fine_tune(args, precision, ranks):
     meter = report.Meter(device, began)
     base = methods.load_base(args.base, encoding, storage_dtype(args, dtype), device)
     base_size, blocks = sum(p.numel() for p in base.parameters()), bases.blocks(base)
+    args.lr = methods.default_rate(args.method, base_size) if args.lr is None else args.lr
     if args.pack and not bases.packs(base):
         raise Error(f"--pack: {args.base} does not keep examples of one row apart by their positions; leave it out")
 
@@ -99,7 +100,8 @@ def fine_tune(args, precision, ranks):
 
     # Evaluate the untouched model, or go on where an earlier run stopped
     progress = resume(args, state, checksums, engine, ranks)
-    ranks.say(f"{counts['trained_parameters']:,} of {counts['total_parameters']:,} parameters are trained")
+    trained = f"{counts['trained_parameters']:,} of {counts['total_parameters']:,} parameters"
+    ranks.say(f"{trained} are trained, with a learning rate of {args.lr:g} at its peak")
     # What is evaluated on the way: a quarter of the tokens trained on in between, which takes a tenth of the time
     watched = valid.head(max(2048, args.eval_every * per_step * args.length // 4))
     if progress.step == 0:

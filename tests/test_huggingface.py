@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanopeft import adamw, adapter, gpt, lora, prefix, prompt, ptuning, qlora, zero
-from nanopeft.trainer import Error, bases, checkpoint, measure, methods, process
+from nanopeft.trainer import Error, bases, checkpoint, generation, measure, methods, process
 
 SCRIPT = Path(__file__).parent.parent / "train.py"
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -687,3 +687,38 @@ def test_methods_on_a_llama(folder, monkeypatch, tmp_path, talks, method, precis
     run(monkeypatch, f"{flags.replace('--steps 6', '--steps 0')} {start} --out {tmp_path}/again")
     again = json.loads((tmp_path / "again" / "result.json").read_text())
     assert again["loss_before"] == pytest.approx(result["loss_after"], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- files from strangers
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("cases", [40, pytest.param(2000, marks=pytest.mark.thorough)])
+def test_damaged_folders_are_refused_or_load(folder, tmp_path, cases):
+    """Whatever is wrong with a Llama's folder: it loads and writes a text, or is refused by Error in one line."""
+    spoil, good = runpy.run_path(str(Path(__file__).parent / "test_survives.py"))["spoil"], tmp_path / "good"
+    shutil.copytree(folder("llama"), good)
+    new_tokenizer("bytes", CHAT).save_pretrained(good)
+    outcomes = {"loaded": 0, "refused": 0}
+
+    @settings(deadline=None, max_examples=cases, database=None)
+    @given(st.data())
+    def one(data):
+        path = data.draw(st.sampled_from(sorted(good.iterdir())), "file")
+        whole = path.read_bytes()
+        spoil(data.draw, path)
+        try:
+            model, encoding = methods.load(str(good), torch.float32, torch.device("cpu"))
+            ids = generation.start(encoding) + encoding.encode_ordinary("ab")
+            generation.sample(model, encoding, ids, torch.device("cpu"), 0)
+            if encoding.chat:
+                encoding.chat(TALK)
+            outcomes["loaded"] += 1
+        except process.ERRORS as error:
+            assert "\n" not in str(error)
+            outcomes["refused"] += 1
+        finally:
+            path.write_bytes(whole)
+
+    one()
+    assert min(outcomes.values()) > cases // 20, outcomes

@@ -36,7 +36,7 @@ def parse(description):
     check_ranks(args)
     check_device(args)
     args.out = args.out or f"out/{args.method}"
-    defaults = METHODS[args.method].defaults if args.method != "all" else {}
+    defaults = METHODS[args.method].defaults | {"lr": None} if args.method != "all" else {}  # lr depends on the base
     vars(args).update(defaults | {name: x for name, x in vars(args).items() if x is not None})
     if args.generate is None and args.merge is None:
         check_out(args)
@@ -109,7 +109,7 @@ def add_flags(parser):
     add("--epochs", type=float, help="passes over the training data, instead of --steps")
     add("--batch", type=int, default=16, help="rows in a micro-batch (16)")
     add("--accumulate", type=int, default=1, help="micro-batches in a step (1)")
-    add("--lr", type=float, help=f"peak of the learning rate ({rates})")
+    add("--lr", type=float, help=f"peak of the learning rate ({rates}; a fifth for bases of over 50 million parameters)")
     add("--weight-decay", type=float, default=0.0, help="of the weight matrices (0)")
     add("--clip", type=float, default=1.0, help="largest norm of a gradient (1)")
     add("--seed", type=int, default=0, help="of initialization, batches and samples (0)")
