@@ -100,6 +100,8 @@ def new_factors(layer, r, init):
 class LoRALinear(nn.Module):
     """A frozen linear layer and its update."""
 
+    stored = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}  # {end of peft's name: ours}
+
     def __init__(self, base_layer, name, r, alpha, dropout, rslora, init):
         super().__init__()
         self.base_layer, self.lora_name, self.enabled = base_layer, name, True
@@ -140,6 +142,8 @@ class LoRALinear(nn.Module):
 
 class LoRAEmbedding(LoRALinear):
     """A frozen embedding, which is a linear layer on one-hot vectors. A starts at 0. There is no dropout."""
+
+    stored = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
 
     def update(self, ids):
         h = self.scaling * F.embedding(ids, self.lora_A.t(), self.base_layer.padding_idx)  # (..., r)
@@ -270,8 +274,7 @@ def lora_parameters(model):
     """{name in peft's checkpoint: parameter}: what is trained."""
     found = {}
     for name, layer in lora_layers(model).items():
-        ending = "lora_embedding_{}" if isinstance(layer, LoRAEmbedding) else "lora_{}.weight"
-        found |= {f"{name}.{ending.format(factor)}": getattr(layer, f"lora_{factor}") for factor in "AB"}
+        found |= {f"{name}.{ending}": getattr(layer, own) for ending, own in layer.stored.items()}
     for module in model.modules():
         if "lora_name" in vars(module) and not isinstance(module, LoRALinear):  # of modules_to_save
             state = module.state_dict(prefix=f"{module.lora_name}.", keep_vars=True)
