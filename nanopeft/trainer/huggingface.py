@@ -11,7 +11,7 @@ import functools
 import inspect
 import itertools
 import os
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.nn as nn
@@ -35,10 +35,19 @@ def library(folder):
 def from_folder(auto, folder, **options):
     """from_pretrained of one of transformers' classes, which runs no code that comes with a model."""
     opened = getattr(library(folder), auto).from_pretrained
-    try:
+    with damaged(f"{auto} of transformers does not open {folder}"):
         return opened(folder, local_files_only=True, trust_remote_code=False, **options)
-    except Exception as error:  # for a damaged file it raises errors of every class, and tokenizers a bare Exception
-        raise one_line(f"{auto} of transformers does not open {folder}", error) from None
+
+
+@contextmanager
+def damaged(what):
+    """Around what opens a stranger's files and tries them out, which can fail in any way: of that it makes an Error."""
+    try:
+        yield
+    except Error:
+        raise
+    except Exception as error:
+        raise one_line(what, error) from None
 
 
 def one_line(what, error):
@@ -80,7 +89,8 @@ def load(folder, dtype):
 def load_shapes(folder):
     """The same model without numbers."""
     config, auto = read_config(folder), library(folder).AutoModelForCausalLM
-    with torch.device("meta"):  # in bf16, the one dtype in which torch runs a mixture of experts there
+    # In bf16, the one dtype in which torch runs a mixture of experts there
+    with torch.device("meta"), damaged(f"{folder} is no model"):
         return auto.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
 
 
@@ -158,6 +168,10 @@ class Tokenizer:
 
     def __init__(self, folder):
         self.inner, self.name = from_folder("AutoTokenizer", folder), str(folder)
+        with damaged(f"the tokenizer of {folder} does not work"):
+            self.try_out(folder)
+
+    def try_out(self, folder):
         self.eot_token, first = self.inner.eos_token_id, self.encode_ordinary("a")[:1]
         if not first or self.eot_token is None:  # some kinds open without files, and know no token
             raise Error(f"{folder} has no tokenizer that knows the letter a and an eos_token, which ends a text")
