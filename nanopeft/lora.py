@@ -59,10 +59,21 @@ Pitfalls:
   * A tied weight (GPT-2's embedding and head) cannot be merged at one end: the other end would change too.
   * Two adapters merged into one W add up, ΔW₁ + ΔW₂, and may disturb each other.
 
-Variants: LoRA+ (2402.12354) gives B about 16 times A's learning rate. DoRA (2402.09353) trains the length of W's rows
-apart from their direction. PiSSA (2404.02948) starts A and B as W's largest singular part, LoftQ (2310.08659) as a
-correction of W's quantization error. AdaLoRA (2303.10512) trains P Λ Q and prunes singular values, under one budget for
-all layers. VeRA (2310.11454) trains two vectors per layer; its A and B are random, frozen and shared.
+Starts that use W = U S Vᵀ or its rounding Q, with s B₀ A₀ taken off W:
+    PiSSA   2404.02948   s B₀ A₀ = U_r S_r V_rᵀ, the largest part of W    init="pissa"
+    MiLoRA  2406.09044   the smallest part, the last r: changes little of what the base knows
+    OLoRA   2406.01775   W = Q R: B₀ = Q[:, :r], A₀ = R[:r]. peft 0.21 takes s B₀ A₀ off, which for s ≠ 1 is another
+                         matrix, and does not transpose a Conv1D (GPT-2): an error, or wrong if it is square
+    LoftQ   2310.08659   over 4 bits: B₀ A₀ = the largest part of W - Q. peft 0.21 adds s B₀ A₀: use α = r
+Variants, with what each trains of a 768 x 768 layer at r = 8 (LoRA: 12,288):
+    LoRA+    2402.12354  B has about 16 times A's learning rate (lora_plus_groups)                    12,288
+    DoRA     2402.09353  the length of each row of W, apart from its direction: dora.py               13,056
+    AdaLoRA  2303.10512  ΔW = P Λ Q; singular values are pruned under one budget: adalora.py          12,296
+    LoRA-FA  2308.03303  A is frozen where it started: of x only x Aᵀ is kept for backward             6,144
+    VeRA     2310.11454  ΔW = b ∘ B (d ∘ A): A, B random, frozen, one for all layers                     776
+    LoHa     2108.06098  ΔW = (B₁ A₁) ∘ (B₂ A₂), element by element: rank up to r²                    24,576
+    LoKr     2309.14859  ΔW = C ⊗ (B A), a Kronecker product; C is 24 x 24, B A 32 x 32                1,088
+    GaLore   2403.03507  no ΔW: all of W is trained, and Adam's m and v are those of Pᵀ dW, P (768, r)  589,824
 Compared with related methods: QLoRA keeps W in 4 bits. An adapter, prefix or prompt costs time or context at inference,
 a merged LoRA nothing. The whole family in one table: nanopeft/__init__.py.
 Papers: LoRA, arXiv 2106.09685, eq. 3; rsLoRA, arXiv 2312.03732; QLoRA, arXiv 2305.14314.
@@ -116,13 +127,15 @@ class LoRALinear(nn.Module):
 
     def update(self, x):
         # s · B (A dropout(x)).  Only A and B are cast to x's dtype, because they are small.
-        h = self.scaling * F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r)
-        return F.linear(h, self.lora_B.to(h.dtype))  # (..., out)
+        A, B = self.factors()
+        h = self.scaling * F.linear(self.dropout(x), A.to(x.dtype))  # (..., r)
+        return F.linear(h, B.to(h.dtype))  # (..., out)
 
     def delta(self):
         """ΔW = s · B A, (out, r) @ (r, in) = (out, in), in fp32 or fp64."""
-        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        delta = self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+        A, B = self.factors()
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        delta = self.scaling * (B.to(dtype) @ A.to(dtype))
         return delta if isinstance(self.base_layer, nn.Linear) else delta.t()  # E is (V, d), and Conv1D's W (in, out)
 
     @property
@@ -132,11 +145,15 @@ class LoRALinear(nn.Module):
         W = self.base_layer.weight
         return (W + self.delta()).to(W.dtype) if self.is_active() and not is_packed(W) else W
 
+    def factors(self):
+        return self.lora_A, self.lora_B
+
     def is_active(self):
         return self.enabled and self.unmerged_weight is None
 
     def __getattr__(self, name):  # a model may read bias, in_features and others of its layer
-        own = name in ("base_layer", "lora_A", "lora_B", "dropout", "unmerged_weight") or name.startswith("__")
+        own = ("base_layer", "lora_A", "lora_B", "dropout", "unmerged_weight", "A_0", "B_0")
+        own = name in own or name.startswith("__")
         return super().__getattr__(name) if own else getattr(self.base_layer, name)
 
 
@@ -150,6 +167,30 @@ class LoRAEmbedding(LoRALinear):
         return F.linear(h, self.lora_B) * getattr(self.base_layer, "embed_scale", 1)  # Gemma scales its embeddings
 
 
+class PiSSALinear(LoRALinear):
+    """A and B start as the r largest singular values of W, and what they start as is taken off:
+
+        s · B₀ A₀ = U_r S_r V_rᵀ,  W = U S Vᵀ          y = x W_resᵀ + b + s · x Aᵀ Bᵀ,  W_res = W - s · B₀ A₀
+
+    Both move from the first step. W itself is not changed: s (B A - B₀ A₀) is an update of rank 2r, and is saved so.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        W, r, dtype = self.base_layer.weight.detach(), len(self.lora_A), self.lora_A.dtype
+        W = W if isinstance(self.base_layer, nn.Linear) else W.t()
+        if not 0 < self.scaling or r > min(W.shape):
+            raise Error(f"init='pissa' needs alpha > 0, and a rank of at most {min(W.shape)} in {self.lora_name}")
+        U, S, Vt = torch.linalg.svd(W.to(dtype), full_matrices=False)
+        root = (S[:r] / self.scaling).sqrt()  # (r,)
+        self.lora_A.data, self.lora_B.data = root[:, None] * Vt[:r], U[:, :r] * root
+        self.register_buffer("A_0", self.lora_A.detach().clone())
+        self.register_buffer("B_0", self.lora_B.detach().clone())
+
+    def factors(self):  # (2r, in), (out, 2r)
+        return torch.cat((self.lora_A, self.A_0)), torch.cat((self.lora_B, -self.B_0), 1)
+
+
 # ----------------------------------------------------------------------------------------------------------------- use
 
 
@@ -161,8 +202,8 @@ def add_lora(
 
     targets: a list of ends of layer names, ["c_attn", "mlp.c_proj"]; or one regular expression for whole names; or
         "all-linear", every linear layer but the head. ranks: {regular expression for the end of a name: its own r}.
-    init: "kaiming" or "gaussian" draws A and sets B = 0; "reverse" draws B and sets A = 0. Embeddings have neither a
-        choice of init (A = 0, B normal) nor dropout.
+    init: "kaiming" or "gaussian" draws A and sets B = 0; "reverse" draws B and sets A = 0; "pissa": see PiSSALinear.
+        Embeddings have neither a choice of init (A = 0, B normal) nor dropout.
     modules_to_save: ends of names of modules that are trained in full and saved too; by default a classifier's
         new head, if it is called "classifier", "score" or "qa_outputs". Without LoRA it stays as trained.
     Cast the model before, not after: model.to(torch.bfloat16) would cast A and B too. Wrap it in DDP or FSDP after.
@@ -172,9 +213,9 @@ def add_lora(
         raise Error("the model has LoRA already: remove_lora(model) first")
     if any(type(n) is not int or not 1 <= n < 1 << 31 for n in (r, *ranks.values())):
         raise Error(f"a rank must be a whole number of at least 1: r={r}, ranks={ranks}")
-    if not (0 <= dropout < 1 and abs(alpha) <= 3.4e38 and init in ("kaiming", "gaussian", "reverse")):
+    if not (0 <= dropout < 1 and abs(alpha) <= 3.4e38 and init in ("kaiming", "gaussian", "reverse", "pissa")):
         got = f"{dropout}, {alpha}, {init!r}"
-        raise Error(f"dropout must be in [0, 1), alpha finite, init kaiming, gaussian or reverse; not {got}")
+        raise Error(f"dropout must be in [0, 1), alpha finite, init kaiming, gaussian, reverse or pissa; not {got}")
     saved = find_saved(model, modules_to_save)
     found = find_targets(model, targets, saved)
     rank = dict.fromkeys(found, r)
@@ -185,12 +226,14 @@ def add_lora(
         rank |= dict.fromkeys(fitting, n)
     wrapped = {}
     for name, layer in found.items():
-        wrapper = LoRAEmbedding if isinstance(layer, nn.Embedding) else LoRALinear
+        wrapper = LoRAEmbedding if isinstance(layer, nn.Embedding) else PiSSALinear if init == "pissa" else LoRALinear
         wrapped[layer] = wrapper(layer, name, rank[name], alpha, dropout, rslora, init).train(layer.training)
     model.requires_grad_(False)  # A and B are not in the model yet
     replace(model, wrapped)
     for name, module in saved.items():
         module.requires_grad_(True).lora_name = name
+    if init == "pissa":  # saved with twice the rank, and the same s
+        r, alpha, ranks = 2 * r, alpha * (math.sqrt(2) if rslora else 2), {end: 2 * n for end, n in ranks.items()}
     model.lora_config = {
         "peft_type": "LORA", "task_type": None, "r": r, "lora_alpha": alpha, "lora_dropout": dropout,
         "target_modules": targets if isinstance(targets, str) else list(targets), "rank_pattern": ranks,
@@ -282,9 +325,22 @@ def lora_parameters(model):
     return {f"base_model.model.{name}": p for name, p in found.items()}
 
 
+def lora_plus_groups(model, lr, ratio=16):
+    """Parameter groups for an optimizer: LoRA+ (arXiv 2402.12354) gives B `ratio` times A's learning rate."""
+    B = {id(layer.lora_B) for layer in lora_layers(model).values()}
+    groups = {1: [], ratio: []}
+    for p in lora_parameters(model).values():
+        groups[ratio if id(p) in B else 1].append(p)
+    return [{"params": params, "lr": lr * times} for times, params in groups.items()]
+
+
 def lora_state_dict(model):
-    """What was trained: the content of adapter_model.safetensors. The tensors are the model's own: they train on."""
+    """What was trained: the content of adapter_model.safetensors. The tensors are the model's own: they train on. (Not
+    those of PiSSA, which are copies.)"""
     state = {key: p.detach() for key, p in lora_parameters(model).items()}
+    for name, layer in lora_layers(model).items():
+        if isinstance(layer, PiSSALinear):
+            state |= {f"base_model.model.{name}.{end}": t.detach() for end, t in zip(layer.stored, layer.factors())}
     for key, p in state.items():
         if p.numel() == 0 or hasattr(p, "full_tensor"):
             how = "inside ZeRO's engine.whole(), or, with FSDP2, on a model that has each full_tensor()"
@@ -307,8 +363,13 @@ def load_lora_state_dict(model, state):
         is_number = not p.is_floating_point() or t.is_floating_point() and t.element_size() > 1  # 8 bits need a scale
         if p.shape != t.shape or not is_number:
             raise Error(f"{key} is {t.dtype} {tuple(t.shape)} in the adapter; the model needs floats {tuple(p.shape)}")
-    for key, p in own.items():
-        p.copy_(state[key])
+    for key, p in lora_parameters(model).items():
+        p.copy_(state[key][tuple(map(slice, p.shape))])  # all of it, but of PiSSA's the half that is trained
+    for name, layer in lora_layers(model).items():
+        if isinstance(layer, PiSSALinear):
+            A, B = (state[f"base_model.model.{name}.{end}"] for end in layer.stored)
+            layer.A_0.copy_(A[len(layer.A_0) :])
+            layer.B_0.copy_(-B[:, len(layer.A_0) :])
 
 
 def lora_config(model):
