@@ -183,7 +183,7 @@ class Tokenizer:
         self.end_of_turn = {self.eot_token}
         for name in ("config.json", "generation_config.json"):
             ends = read_json(folder / name).get("eos_token_id") if os.path.isfile(folder / name) else None
-            self.end_of_turn |= {*ends} if isinstance(ends, list) else {ends} - {None}
+            self.end_of_turn |= {i for i in (ends if isinstance(ends, list) else [ends]) if i in range(self.n_vocab)}
         if self.inner.chat_template is None:
             self.chat = self.chat_prompt = None
             return
