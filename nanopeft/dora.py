@@ -72,6 +72,7 @@ class DoRALinear(lora.LoRALinear):
     """A frozen linear layer, its update, and the length of each row."""
 
     stored = lora.LoRALinear.stored | {"lora_magnitude_vector": "magnitude"}
+    own = lora.LoRALinear.own | {"magnitude", "squares"}
 
     def start(self):
         """m = ‖W + s B A‖, which is ‖W‖ while B is 0."""
@@ -106,10 +107,6 @@ class DoRALinear(lora.LoRALinear):
         W, c = self.base_layer.weight, self.scale()  # (out, in), (out,)
         return (c[:, None] if isinstance(self.base_layer, nn.Linear) else c) * (W + super().delta()) - W
 
-    def __getattr__(self, name):
-        own = name in ("magnitude", "squares")
-        return nn.Module.__getattr__(self, name) if own else super().__getattr__(name)
-
 
 # ----------------------------------------------------------------------------------------------------------------- use
 
@@ -124,6 +121,8 @@ def add_dora(model, targets="all-linear", *, add=lora.add_lora, **arguments):
     found = lora.find_targets(model, targets, lora.find_saved(model, arguments.get("modules_to_save")))
     if tables := [name for name, layer in found.items() if isinstance(layer, nn.Embedding)]:
         raise Error(f"{tables[0]} is an embedding, and DoRA here is for linear layers: leave it out, or take LoRA")
+    if arguments.get("init") == "pissa":
+        raise Error("init='pissa' starts B away from 0, and DoRA from W's own lengths: take one of them")
     add(model, targets, **arguments)
     for layer in lora.lora_layers(model).values():
         layer.__class__ = DoRALinear

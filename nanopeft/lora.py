@@ -112,6 +112,7 @@ class LoRALinear(nn.Module):
     """A frozen linear layer and its update."""
 
     stored = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}  # {end of peft's name: ours}
+    own = {"base_layer", "lora_A", "lora_B", "dropout", "unmerged_weight"}
 
     def __init__(self, base_layer, name, r, alpha, dropout, rslora, init):
         super().__init__()
@@ -148,12 +149,21 @@ class LoRALinear(nn.Module):
     def factors(self):
         return self.lora_A, self.lora_B
 
+    def merge(self):
+        """W ← W + ΔW, summed in fp32 and rounded to W's dtype."""
+        W = self.base_layer.weight
+        self.unmerged_weight = W.clone()
+        W.copy_(W + self.delta())
+
+    def unmerge(self):
+        self.base_layer.weight.copy_(self.unmerged_weight)
+        self.unmerged_weight = None
+
     def is_active(self):
         return self.enabled and self.unmerged_weight is None
 
     def __getattr__(self, name):  # a model may read bias, in_features and others of its layer
-        own = ("base_layer", "lora_A", "lora_B", "dropout", "unmerged_weight", "A_0", "B_0")
-        own = name in own or name.startswith("__")
+        own = name in type(self).own or name.startswith("__")
         return super().__getattr__(name) if own else getattr(self.base_layer, name)
 
 
@@ -174,6 +184,8 @@ class PiSSALinear(LoRALinear):
 
     Both move from the first step. W itself is not changed: s (B A - B₀ A₀) is an update of rank 2r, and is saved so.
     """
+
+    own = LoRALinear.own | {"A_0", "B_0"}
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -254,7 +266,7 @@ def lora_layers(model):
 
 @torch.no_grad()
 def merge_lora(model):
-    """W ← W + s · B A in each layer, summed in fp32 and rounded to W's dtype. unmerge_lora takes it back."""
+    """W ← W + s · B A in each layer. unmerge_lora takes it back."""
     uses = count_uses(model)
     lora_state_dict(model)  # Error if it is sharded
     for name, layer in lora_layers(model).items():
@@ -267,9 +279,7 @@ def merge_lora(model):
             raise Error(f"{name} shares its weight with another layer, or computes it: a merge needs one of its own")
     for layer in lora_layers(model).values():
         if layer.unmerged_weight is None:
-            W = layer.base_layer.weight
-            layer.unmerged_weight = W.clone()
-            W.copy_(W + layer.delta())
+            layer.merge()
     return model
 
 
@@ -278,8 +288,7 @@ def unmerge_lora(model):
     """Puts back the base weights, bit for bit."""
     for layer in lora_layers(model).values():
         if layer.unmerged_weight is not None:
-            layer.base_layer.weight.copy_(layer.unmerged_weight)
-            layer.unmerged_weight = None
+            layer.unmerge()
     return model
 
 

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: MIT
+"""AdaLoRA: LoRA whose layers get different ranks, by what each part is worth while it trains.
+
+    ΔW = s · P Λ Q          P (out, r), Λ (r,) a diagonal, Q (r, in);  s = α / r
+    y = x Wᵀ + b + s · ((x Qᵀ) ∘ Λ) Pᵀ
+
+P Λ Q looks like a singular value decomposition. Triplet i is column i of P, λᵢ and row i of Q. Every layer starts with
+r triplets, and in training those that matter least, over all layers together, are pruned: λᵢ ← 0. In peft's file Q is
+lora_A, P is lora_B and Λ is lora_E. P and Q start as N(0, 0.02²) and Λ as 0, so that nothing has changed.
+
+Why not prune LoRA's B A? Its columns are not orthogonal, so taking one away changes what the others do. Here a penalty
+keeps P and Q near orthogonal, and then λᵢ alone says how large triplet i is:
+    loss + γ · mean over all P and Q of ‖Pᵀ P - I‖ and ‖Q Qᵀ - I‖        (Frobenius norms, γ = 0.1 to 0.5)
+
+What a number w is worth: |w · dw|, by how much the loss would change, to first order, if w were 0. One batch says
+little, so both this and its own uncertainty are averaged over steps (β = 0.85), and multiplied:
+    I ← β I + (1 - β) |w dw|       U ← β U + (1 - β) | |w dw| - I |       q = I · U
+    a triplet:  Sᵢ = q(λᵢ) + mean q(P's column i) + mean q(Q's row i)
+
+The budget b(t), triplets of all layers that are kept, falls from r to target_r a layer along a cubic, fast at first:
+    t ≤ start              all                                           warm up
+    start < t < T - end    b = b_T + (b₀ - b_T) (1 - (t - start) / (T - end - start))³
+    T - end ≤ t ≤ T        b_T, and always the same triplets             train what is left
+Between two prunings a λ that was set to 0 has a gradient and moves again, so a triplet can come back. From T - end on
+it cannot, for its λ is set to 0 after each step.
+
+Example: GPT-2, 48 linear layers, r = 12, target_r = 8: 576 triplets become 384. A triplet of c_attn has 3,073 numbers.
+Cost: LoRA's, and two numbers more for each trained one, I and U. The rank at the start sets the memory. How to choose:
+r = 1.5 target_r, α, γ and learning rate as in the paper's code (MNLI: r 3, target 1, α 16, 5e-4, γ 0.1); start about a
+tenth of all steps, end a third or more. When: a small budget over many layers. LoRA with more rank is simpler, and in
+peft's comparison better (47.8 against 37.3, at settings with a small s: see below).
+
+Pitfalls
+* s = α / r keeps the first r, whatever is pruned. With peft's defaults (α = 8, r = 12) s is 0.67, and at LoRA's
+  learning rate that is slow.
+* Call nothing between backward and optimizer.step() that clears gradients: |w dw| is taken right after the step.
+* The loss that trains has the penalty in it: about γ √r at the start. Do not compare it with LoRA's.
+* Adam's moments of a pruned λ go on: it is set to 0, not stopped.
+
+Compared with related methods: LoRA has one rank, or ranks that you choose (add_lora's `ranks`). The whole family in one
+table: nanopeft/__init__.py.
+Paper: AdaLoRA, arXiv 2303.10512, eq. 3, 4, 8 to 11 and 12.
+"""
+
+import re
+
+import torch
+import torch.nn as nn
+
+try:
+    from . import lora
+except ImportError:  # the two files pasted side by side, or this one run
+    import lora
+
+
+class Error(ValueError):
+    """Wrong use of AdaLoRA; the message says what would be right."""
+
+
+class AdaLoRALinear(lora.LoRALinear):
+    """A frozen linear layer and its update P Λ Q."""
+
+    stored = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_E": "lora_E"}
+    own = lora.LoRALinear.own | {"lora_E"}
+
+    def start(self, alpha):
+        r = len(self.lora_A)
+        self.scaling = alpha / (r + 1e-5)  # as peft has it
+        self.lora_E = nn.Parameter(torch.zeros_like(self.lora_A[:, :1]))  # Λ, (r, 1)
+        for p in (self.lora_A, self.lora_B):
+            nn.init.normal_(p, std=0.02)
+
+    def factors(self):
+        return self.lora_E * self.lora_A, self.lora_B  # (r, in), (out, r)
+
+    def parts(self):
+        return self.lora_E, self.lora_A, self.lora_B
+
+    def kept(self):
+        return self.lora_E[:, 0] != 0  # (r,)
+
+
+def orthogonality(model, weight=0.1):
+    """The penalty: add it to the loss."""
+    layers = lora.lora_layers(model).values()
+    products = [m.lora_A @ m.lora_A.t() for m in layers] + [m.lora_B.t() @ m.lora_B for m in layers]  # (r, r)
+    norms = [(p - torch.eye(len(p), dtype=p.dtype, device=p.device)).norm() for p in products]
+    return weight * sum(norms) / len(norms)
+
+
+def budget(t, total, start, end, first, last):
+    """b(t): how many triplets of all layers are kept."""
+    if t <= start:
+        return first
+    left = max(0.0, 1 - (t - start) / (total - end - start))
+    return int(last + (first - last) * left**3)
+
+
+class RankBudget:
+    """Scores the triplets after each optimizer.step(), and prunes them to the budget.
+
+    total: all steps. start, end: steps before the first pruning and after the last. every: steps between two prunings.
+    What it remembers is in optimizer.state, so that it is saved with Adam's moments.
+    """
+
+    def __init__(self, model, optimizer, total, target_r=8, *, start=None, end=None, every=1, beta=0.85):
+        self.layers, self.optimizer, self.beta = [*lora.lora_layers(model).values()], optimizer, beta
+        self.start, self.end = total // 10 if start is None else start, total // 3 if end is None else end
+        self.total, self.every = total, every
+        if not self.layers or not all(isinstance(layer, AdaLoRALinear) for layer in self.layers):
+            raise Error("the model has no AdaLoRA: add_adalora(model) first")
+        if not 0 <= self.start < total - self.end or every < 1:
+            raise Error(f"start {self.start}, end {self.end}: pruning needs steps between them, of {total} in all")
+        self.first, self.last = sum(len(layer.lora_E) for layer in self.layers), target_r * len(self.layers)
+        if not 0 < self.last <= self.first:
+            raise Error(f"target_r must be from 1 to the rank at the start, not {target_r}")
+        optimizer.register_step_post_hook(lambda *_: self.update())
+
+    @torch.no_grad()
+    def update(self):
+        """I, U, and now and then λ ← 0."""
+        clock = self.optimizer.state[self.layers[0].lora_E]
+        clock["t"] = t = clock.get("t", torch.zeros((), dtype=torch.long)) + 1
+        final = self.total - self.end
+        if t < final:
+            for p in (p for layer in self.layers for p in layer.parts()):
+                state, worth = self.optimizer.state[p], (p * p.grad).abs()  # |w dw|
+                mean, spread = (state.setdefault(name, torch.zeros_like(p)) for name in ("importance", "uncertainty"))
+                mean.lerp_(worth, 1 - self.beta)  # I
+                spread.lerp_((worth - mean).abs(), 1 - self.beta)  # U
+        if t == final or self.start < t < final and t % self.every == 0:
+            n = budget(int(t), self.total, self.start, self.end, self.first, self.last)
+            scores = [self.scores(layer) for layer in self.layers]  # (r,) each
+            kept = torch.zeros(self.first, dtype=torch.bool)
+            kept[torch.cat(scores).topk(n).indices] = True
+            for layer, part in zip(self.layers, kept.split([len(s) for s in scores])):
+                self.optimizer.state[layer.lora_E]["kept"] = part.to(layer.lora_E.device)[:, None]  # (r, 1)
+        if t >= final or self.start < t and t % self.every == 0:
+            for layer in self.layers:
+                layer.lora_E.mul_(self.optimizer.state[layer.lora_E]["kept"])
+
+    def scores(self, layer):
+        """S of each triplet, (r,)."""
+        states = [self.optimizer.state[p] for p in layer.parts()]
+        E, A, B = (state["importance"] * state["uncertainty"] for state in states)  # (r, 1), (r, in), (out, r)
+        return E[:, 0] + A.mean(1) + B.mean(0)
+
+
+# ----------------------------------------------------------------------------------------------------------------- use
+
+
+def add_adalora(model, targets="all-linear", *, r=12, alpha=16, **arguments):
+    """Freezes the model, wraps its target layers in place and returns it. Wrong use: Error or lora.Error.
+
+    r: the rank at the start; the other arguments are add_lora's. A RankBudget then prunes, and orthogonality(model) is
+    added to the loss. lora.py's merge_lora, unmerge_lora, remove_lora and lora_disabled serve AdaLoRA too.
+    """
+    found = lora.find_targets(model, targets, lora.find_saved(model, arguments.get("modules_to_save")))
+    if tables := [name for name, layer in found.items() if isinstance(layer, nn.Embedding)]:
+        raise Error(f"{tables[0]} is an embedding, and AdaLoRA here is for linear layers: leave it out")
+    lora.add_lora(model, targets, r=r, alpha=alpha, **arguments)
+    for layer in lora.lora_layers(model).values():
+        layer.__class__ = AdaLoRALinear
+        layer.start(alpha)
+    model.lora_config |= {"peft_type": "ADALORA", "init_r": r, "target_r": r, "total_step": 1}
+    return model
+
+
+def adalora_state_dict(model):
+    """The content of peft's adapter_model.safetensors: of each layer the triplets whose λ is not 0."""
+    state = lora.lora_state_dict(model)
+    for name, layer in lora.lora_layers(model).items():
+        kept, key = layer.kept(), f"base_model.model.{name}.lora_"
+        state |= {f"{key}A": state[f"{key}A"][kept], f"{key}E": state[f"{key}E"][kept]}
+        state[f"{key}B"] = state[f"{key}B"][:, kept].contiguous()
+    return state
+
+
+def adalora_config(model):
+    """The adapter_config.json that goes with it."""
+    pattern = {f"{name}.lora_E": layer.kept().tolist() for name, layer in lora.lora_layers(model).items()}
+    return lora.lora_config(model) | {"rank_pattern": pattern}
+
+
+@torch.no_grad()
+def load_adalora_state_dict(model, state):
+    """The reverse, onto a model that add_adalora has prepared with the same r. If the two do not fit: Error."""
+    whole = {key: torch.zeros_like(p) for key, p in lora.lora_state_dict(model).items()}
+    for key, t in state.items():
+        if key not in whole or any(n > most for n, most in zip(t.shape, whole[key].shape)):
+            raise Error(f"the adapter does not fit: {key} is {tuple(t.shape)}")
+        whole[key][tuple(map(slice, t.shape))] = t
+    if missing := whole.keys() - state.keys():
+        raise Error(f"the adapter does not fit: {min(missing)} is missing")
+    lora.load_lora_state_dict(model, whole)
+
+
+def ranks(model):
+    """{layer: how many triplets it has}."""
+    return {name: int(layer.kept().sum()) for name, layer in lora.lora_layers(model).items()}
+
+
+def svg(ranks):
+    """A picture of the ranks: a row for each kind of layer, a column for each block."""
+    place = {name: (re.sub(r"\.?\b\d+\b", "", name), *map(int, re.findall(r"\b\d+\b", name)[:1])) for name in ranks}
+    kinds = [*dict.fromkeys(kind for kind, *_ in place.values())]
+    left, most = 8 * max(map(len, kinds)) + 10, max(*ranks.values(), 1)
+    width, height = left + 30 * (1 + max((block[0] if block else 0) for _, *block in place.values())), 30 * len(kinds)
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="monospace">']
+    parts += [f'<text x="0" y="{30 * i + 20}" font-size="12">{kind}</text>' for i, kind in enumerate(kinds)]
+    for name, n in ranks.items():
+        kind, *block = place[name]
+        x, y = left + 30 * (block[0] if block else 0), 30 * kinds.index(kind)
+        parts.append(f'<rect x="{x}" y="{y}" width="29" height="29" fill="#1f77b4" fill-opacity="{n / most:.2f}"/>')
+        parts.append(f'<text x="{x + 14}" y="{y + 20}" font-size="12" text-anchor="middle">{n}</text>')
+    return "\n".join([*parts, "</svg>"])
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    x, model = torch.randn(64, 32), nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+    target = (model(x) + x @ torch.randn(32, 2) @ torch.randn(2, 32) / 8).detach()  # a change of rank 2, to be learned
+    add_adalora(model, r=6)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0)
+    RankBudget(model, optimizer, total=300, target_r=2)
+    for step in range(300):
+        loss = (model(x) - target).square().mean()
+        (loss + orthogonality(model)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 60 in (0, 59):
+            print(f"step {step + 1:3}: loss {loss.item():.4f}, ranks {ranks(model)}")
