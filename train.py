@@ -97,6 +97,7 @@ def fine_tune(args, precision, ranks):
     # ranks, clips their norm, updates by AdamW unless it is inf or NaN, and clears them; whole gathers sharded weights
     rebuild = lambda: methods.add(methods.load_base(args.base, encoding, dtype, device), args, encoding, train)  # noqa: E731
     engine = Engine(args, model, blocks, dtype, rebuild)
+    method.attach(model, engine.optimizer, args)
 
     # Evaluate the untouched model, or go on where an earlier run stopped
     progress = resume(args, state, checksums, engine, ranks)

@@ -207,7 +207,8 @@ def test_what_cannot_be():
     with pytest.raises(adalora.Error, match="no AdaLoRA"):
         adalora.RankBudget(model, optimizer, 10)
     adalora.add_adalora(model, r=4)
-    for arguments, says in ((dict(total=30, start=20, end=10), "pruning needs steps"), (dict(total=30, target_r=5), "target_r must be")):
+    wrong = {"pruning needs steps": dict(total=30, start=20, end=10), "target_r must be": dict(total=30, target_r=5)}
+    for says, arguments in wrong.items():
         with pytest.raises(adalora.Error, match=says):
             adalora.RankBudget(model, optimizer, **arguments)
     state = adalora.adalora_state_dict(adalora.add_adalora(hf_llama(), r=5))

@@ -183,6 +183,7 @@ def test_an_epoch_has_every_example_once(monkeypatch, files, tmp_path, flags, n)
 
 
 KINDS = ["lora --rank 3", "qlora", "adapter --reduction 4", "prefix --hidden 8", "prompt", "ptuning"]
+KINDS += ["lora --init pissa", "dora", "adalora", "ia3", "bitfit"]
 
 
 @pytest.mark.parametrize("method", KINDS)
@@ -200,7 +201,7 @@ def test_more_training_of_what_was_trained(monkeypatch, files, tmp_path, method)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("method", ["lora", "lora --init pissa", "qlora", "dora", "adalora", "ia3", "bitfit"])
 def test_a_merged_model_opens_in_transformers(monkeypatch, files, tmp_path, method, precision):
     """--merge writes a model that transformers opens, with the logits of the base and its adapter."""
     train(monkeypatch, files, tmp_path / "a", f"--method {method}")

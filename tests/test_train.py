@@ -34,6 +34,12 @@ RESULT_KEYS = {
 METHODS = {
     "full": "--method full",
     "lora": "--method lora",
+    "pissa": "--method lora --init pissa",
+    "lora+": "--method lora --lora-plus 4",
+    "dora": "--method dora",
+    "adalora": "--method adalora",
+    "ia3": "--method ia3",
+    "bitfit": "--method bitfit",
     "qlora": "--method qlora",
     "qlora in int8": "--method qlora --quant int8",
     "adapter": "--method adapter",
@@ -46,6 +52,9 @@ METHODS = {
     "ptuning by MLP": "--method ptuning --tokens 3 --encoder mlp",
     "template": "--method ptuning --data {files}/a.jsonl --template [P]So[P]{{source}}[P]",
 }
+
+
+UNPREDICTED = ("pissa", "dora", "adalora", "ia3", "bitfit")  # memory.py has no formulas of them
 
 
 ONE = process.Ranks(0, 1, torch.device("cpu"))
@@ -105,7 +114,8 @@ EACH_ONCE = [(name, PRECISIONS[i % 3]) for i, name in enumerate(METHODS)]
 def test_a_run_learns_and_leaves_its_files(monkeypatch, files, tmp_path, method, precision):
     """Each method in each precision lowers the loss and leaves what was trained, the figures and the picture.
 
-    The bytes that memory.py predicts for a step are those that were measured; its peak has a test of its own.
+    The bytes that memory.py predicts for a step, where it knows the method, are those that were measured; its peak has
+    a test of its own.
     """
     flags = f"{METHODS[method]} --precision {precision} --steps 30 --lr 0.02"
     result = train(monkeypatch, files, tmp_path, flags)
@@ -117,10 +127,11 @@ def test_a_run_learns_and_leaves_its_files(monkeypatch, files, tmp_path, method,
     assert result["stored_parameters"] == sum(t.numel() for t in stored.values())
     assert file.stat().st_size < result["stored_bytes"] < file.stat().st_size + 200_000
     narrow = process.DTYPES[result["computed_in"]]
-    assert {t.dtype for t in stored.values()} == {narrow if method == "full" else torch.float32}
+    assert {t.dtype for t in stored.values()} == {narrow if method in ("full", "bitfit") else torch.float32}
     assert not list(tmp_path.glob("*.new"))
     predicted, measured = result["predicted_bytes"], result["measured_bytes"]
-    assert predicted.keys() == measured.keys() == {"parameters", "gradients", "optimizer", "activations", "peak"}
+    assert measured.keys() == {"parameters", "gradients", "optimizer", "activations", "peak"}
+    assert predicted.keys() == (set() if method in UNPREDICTED else measured.keys())
     for what in predicted.keys() - {"peak"}:
         assert predicted[what] == measured[what], what
 
@@ -135,11 +146,12 @@ def test_recomputation_changes_no_bit(monkeypatch, files, tmp_path, method):
     assert load_file(tmp_path / name).keys() == load_file(tmp_path / "--recompute" / name).keys()
     for key, t in load_file(tmp_path / name).items():
         assert torch.equal(t, load_file(tmp_path / "--recompute" / name)[key]), key
-    assert less["predicted_bytes"]["activations"] < plain["predicted_bytes"]["activations"]
+    if method not in UNPREDICTED:
+        assert less["predicted_bytes"]["activations"] < plain["predicted_bytes"]["activations"]
     assert "activations" not in less["measured_bytes"]
 
 
-FROZEN = [(name, precision) for precision in ("fp32", "bf16") for name in METHODS if name != "full"]
+FROZEN = [(name, precision) for precision in ("fp32", "bf16") for name in METHODS if name not in ("full", "bitfit")]
 FROZEN_FEW = [("lora", "bf16"), ("qlora", "fp32"), ("fusion", "fp32"), ("template", "bf16")]
 
 
@@ -318,7 +330,8 @@ def test_all_methods_beside_each_other(monkeypatch, files, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command.split()])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     results = json.loads((tmp_path / "compare.json").read_text())
-    assert results.keys() == {"full", "lora", "qlora", "adapter", "prefix", "prompt", "ptuning", "fusion"}
+    assert results.keys() == {"full", "lora", "qlora", "adapter", "prefix", "prompt", "ptuning", "fusion",
+                              "dora", "adalora", "ia3", "bitfit"}  # fmt: skip
     assert all(r["data"] == [f"{files}/a.txt"] and r["steps"] == 2 and len(r["losses"]) == 2 for r in results.values())
     for name in ("compare.png", "forgetting.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -449,7 +462,7 @@ def test_bits_per_byte_is_about_text(files, name):
         (["--wrong"], "--wrong"),
         (["--deb"], "--deb"),
         (["--generate", ""], "holds nothing trained"),
-        (["--generate", "{kind}"], "'IA3'"),
+        (["--generate", "{kind}"], "'VERA'"),
     ],
 )  # fmt: skip
 def test_bad_input_gives_one_line_and_code_2(monkeypatch, files, tmp_path, capsys, flags, says):
@@ -466,7 +479,7 @@ def test_bad_input_gives_one_line_and_code_2(monkeypatch, files, tmp_path, capsy
         paths[key].write_bytes(content)
     paths["kind"] = tmp_path / "kind"
     paths["kind"].mkdir()
-    (paths["kind"] / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    (paths["kind"] / "adapter_config.json").write_text('{"peft_type": "VERA"}')
     save_file({}, paths["kind"] / "adapter_model.safetensors")
     monkeypatch.chdir(tmp_path)
     command = [flag.format(**paths) for flag in flags]

@@ -81,9 +81,10 @@ def add_flags(parser):
     names = "nano, scratch (nano untrained), a folder, gpt2, or a causal LM of the Hugging Face hub by its name"
     add("--base", default="nano", help=f"{names} (nano)")
     add("--from", dest="start", metavar="FOLDER", help="start from the adapter that an earlier run left")
-    add("--rank", type=int, help=f"lora, qlora: rank r of the update {default('lora', 'rank')}")
-    add("--alpha", type=float, help=f"lora, qlora: the update is scaled by alpha / r {default('lora', 'alpha')}")
-    names = f"lora, qlora: ends of layer names, with commas between {default('lora', 'targets')}"
+    ranks = f"rank r of the update {default('lora', 'rank')}; adalora: at the start {default('adalora', 'rank')}"
+    add("--rank", type=int, help=f"lora, qlora, dora: {ranks}")
+    add("--alpha", type=float, help=f"... and adalora: the update is scaled by alpha / r {default('lora', 'alpha')}")
+    names = f"... and adalora: ends of layer names, with commas between {default('lora', 'targets')}"
     add("--targets", type=lambda text: text if text == "all-linear" else text.split(","), help=names)
     add("--quant", choices=["nf4", "int8"], help=f"qlora: how the base is stored {default('qlora', 'quant')}")
     where = "houlsby, in both sublayers, or pfeiffer, at the block"
@@ -93,7 +94,10 @@ def add_flags(parser):
     tokens = f"prefix, prompt, ptuning: number of virtual tokens {default('prefix', 'tokens')}"
     add("--tokens", type=int, help=tokens)
     add("--hidden", type=int, help="prefix: width of an MLP to train it through (none)")
-    add("--init", help=f"prompt: random, vocabulary, labels, or a text to start from {default('prompt', 'init')}")
+    starts = "lora: kaiming, gaussian, reverse or pissa (kaiming)"
+    add("--init", help=f"{starts}; prompt: random, vocabulary, labels, or a text to start from (vocabulary)")
+    add("--lora-plus", type=float, metavar="RATIO", help="lora, qlora, dora: B's learning rate is RATIO times A's (1)")
+    add("--target-rank", type=int, help=f"adalora: mean rank at the end {default('adalora', 'target_rank')}")
     add("--encoder", choices=["lstm", "mlp"], help=f"ptuning: what makes the vectors {default('ptuning', 'encoder')}")
     add("--template", help='ptuning: where the vectors go, as in "[P][P]{source}[P]" (in front)')
 
@@ -182,6 +186,8 @@ def check_method(args, given):
         raise Error("--method fusion needs --adapters: folders that runs of --method adapter left")
     if args.base == "scratch" and args.method != "full":
         raise Error("--base scratch has learned nothing that could be kept frozen: use --method full")
+    if args.method == "adalora" and (args.fsdp or args.zero is not None):
+        raise Error("--method adalora scores whole gradients, which --zero and --fsdp divide: leave them out")
     if args.pack and args.method in ("prefix", "prompt", "ptuning", "all"):
         raise Error("--pack joins examples into a row, and prefix, prompt, ptuning have their vectors once in a row")
     if args.pack and args.pipeline:
@@ -199,7 +205,7 @@ def check_method(args, given):
     least = dict(
         steps=0, epochs=0, batch=1, accumulate=1, length=2, save_every=1, eval_every=1, valid_tokens=1, patience=1,
         recompute=1, tensor=1, pipeline=1, lr=0, weight_decay=0, clip=0, temperature=0, top_k=1, max_new_tokens=1,
-        samples=1,
+        samples=1, lora_plus=0,
     )  # fmt: skip
     for name in [name for name in least if name in given and not least[name] <= getattr(args, name) < math.inf]:
         number = f"at least {least[name]} and finite"

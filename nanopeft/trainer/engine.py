@@ -19,10 +19,13 @@ from nanopeft import adamw, pipeline, tensor_parallel, zero
 from nanopeft.trainer.evaluate import mean_loss
 
 
-def by_decay(params, weight_decay):
-    """Parameter groups: decay is for matrices, not for biases and norms."""
-    matrices, vectors = ([p for p in params if (p.dim() > 1) == wide] for wide in (True, False))
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def in_groups(params, args):
+    """Groups for an optimizer. Decay is for matrices, not for biases, norms and factors; LoRA+ gives B another rate."""
+    groups, plus = {}, getattr(args, "lora_plus", None) or 1
+    for name, p in params.items():
+        decay = args.weight_decay if p.dim() > 1 and not name.endswith("ia3_l") else 0.0
+        groups.setdefault((decay, plus if name.endswith("lora_B") else 1), []).append(p)
+    return [{"params": some, "weight_decay": decay, "times": times} for (decay, times), some in groups.items()]
 
 
 def storage_dtype(args, dtype):
@@ -43,9 +46,9 @@ class Engine:
     def __init__(self, args, model, blocks, dtype, rebuild):
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.model, self.shapes = model, {name: p.shape for name, p in params.items()}  # before they are sharded
-        groups, settings = by_decay(params.values(), args.weight_decay), {"lr": args.lr, "betas": (0.9, 0.95)}
+        groups, settings = in_groups(params, args), {"lr": args.lr, "betas": (0.9, 0.95)}
         if args.fsdp:
-            self.inner = FSDP(model, blocks, dtype, args.weight_decay, rebuild, **settings)
+            self.inner = FSDP(model, blocks, dtype, args, rebuild, **settings)
         elif args.zero is not None:
             settings |= {"compile": args.compile, "stage": args.zero, "offload": args.offload, "blocks": blocks}
             self.inner = zero.ZeRO(model, adamw.AdamW, groups, **settings)
@@ -78,7 +81,7 @@ class Engine:
     def step(self, lr, clip):
         """The norm of the gradient over all ranks; 0 where a step is skipped, for it overflowed fp16."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["times"]
         norm = self.inner.step(clip, self.loss_scale)
         self.clean += 1
         if not math.isfinite(norm) and self.loss_scale > 1:
@@ -169,13 +172,13 @@ class TensorParallel(OneProcess):
 class FSDP:
     """PyTorch's own ZeRO stage 3, fully_shard. All is sharded in fp32, and in dtype while it is used."""
 
-    def __init__(self, model, blocks, dtype, weight_decay, rebuild, **settings):
+    def __init__(self, model, blocks, dtype, args, rebuild, **settings):
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes half a second
 
         for module in (*blocks, model):
             fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(by_decay(self.params.values(), weight_decay), **settings)
+        self.optimizer = torch.optim.AdamW(in_groups(self.params, args), **settings)
         self.rebuild = rebuild
 
     def backward(self, loss):

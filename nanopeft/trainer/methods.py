@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError
 
-from nanopeft import adapter, data, gpt, lora, prefix, prompt, ptuning, qlora
+from nanopeft import adalora, adapter, data, dora, gpt, ia3, lora, prefix, prompt, ptuning, qlora
 from nanopeft.trainer import Error, Failure, bases, checkpoint, peft_config, tokenizer
 
 
@@ -31,10 +31,12 @@ class Method(NamedTuple):
     load: Callable | None = None
     discard: Callable = nothing  # what only made the parameters, before they are evaluated and saved
     penalty: Callable = lambda model: 0.0  # added to the loss
+    attach: Callable = nothing  # (model, optimizer, args): what acts after each step of the optimizer
 
 
 def lora_settings(args, *_):
-    return {"targets": args.targets, "r": args.rank, "alpha": args.alpha}
+    start = {"init": args.init} if args.init else {}  # lora has it alone
+    return {"targets": args.targets, "r": args.rank, "alpha": args.alpha} | start
 
 
 def fusion_settings(args, encoding, train, model):
@@ -59,17 +61,34 @@ def prompt_settings(args, encoding, train, model):
     return {"n_tokens": args.tokens, "init": init}
 
 
+def prune(model, optimizer, args):
+    if args.steps:
+        adalora.RankBudget(model, optimizer, args.steps, args.target_rank)
+
+
+LORA = {"lr": 5e-3, "rank": 8, "alpha": 16.0, "targets": "all-linear"}
+LORA_FILES = (lora.lora_state_dict, lora.lora_config, lora.load_lora_state_dict)
 METHODS = {
     "full": Method({"lr": 1e-3}),
     "lora": Method(
-        {"lr": 5e-3, "rank": 8, "alpha": 16.0, "targets": "all-linear"},
-        lora.add_lora, lora_settings, ("LORA",), peft_config.lora_arguments,
-        lora.lora_state_dict, lora.lora_config, lora.load_lora_state_dict,
+        LORA | {"init": "kaiming", "lora_plus": None}, lora.add_lora, lora_settings, ("LORA",),
+        peft_config.lora_arguments, *LORA_FILES,
     ),
     "qlora": Method(
-        {"lr": 5e-3, "rank": 8, "alpha": 16.0, "targets": "all-linear", "quant": "nf4"},
-        qlora.add_qlora, lambda args, *_: lora_settings(args) | {"quant_type": args.quant}, (), None,
-        lora.lora_state_dict, lora.lora_config, lora.load_lora_state_dict,
+        LORA | {"quant": "nf4", "lora_plus": None}, qlora.add_qlora,
+        lambda args, *_: lora_settings(args) | {"quant_type": args.quant}, (), None, *LORA_FILES,
+    ),
+    "dora": Method(LORA | {"lora_plus": None}, dora.add_dora, lora_settings, (), None, *LORA_FILES),
+    "adalora": Method(
+        LORA | {"rank": 12, "target_rank": 8}, adalora.add_adalora, lora_settings, ("ADALORA",),
+        peft_config.adalora_arguments,
+        adalora.adalora_state_dict, adalora.adalora_config, adalora.load_adalora_state_dict,
+        penalty=adalora.orthogonality, attach=prune,
+    ),
+    "ia3": Method({"lr": 3e-2}, ia3.add_ia3, lambda *_: {}, ("IA3",), peft_config.ia3_arguments, *LORA_FILES),
+    "bitfit": Method(
+        {"lr": 1e-2}, ia3.add_bitfit, lambda *_: {}, ("BITFIT",), lambda config: {},
+        ia3.bitfit_state_dict, lambda model: {"peft_type": "BITFIT"}, ia3.load_bitfit_state_dict,
     ),
     "adapter": Method(
         {"lr": 5e-3, "placement": "pfeiffer", "reduction": 8},
@@ -182,7 +201,7 @@ def default_rate(method, base_size):
 def count(method, base_size, model):
     """Numbers of parameters, before an engine shards them. A fusion has frozen adapters too."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = max(base_size + trained * (method != "full"), sum(p.numel() for p in model.parameters()))
+    total = max(base_size + trained * (method not in ("full", "bitfit")), sum(p.numel() for p in model.parameters()))
     return {"trained_parameters": trained, "total_parameters": total, "stored_parameters": 0, "stored_bytes": 0}
 
 
@@ -241,6 +260,8 @@ class Adapter:
         if not isinstance(self.base, str):
             raise Error(f"{path} does not say which base it is for: base_model_name_or_path")
         self.settings = METHODS[self.method].read_config(config)
+        if config.get("use_dora"):
+            self.method = "dora"
         if "base_quantization" in config:
             self.method, self.settings = "qlora", self.settings | {"quant_type": config["base_quantization"]}
 
@@ -285,7 +306,8 @@ def merge(folder, out, dtype, device, force):
     print(f"{out}, a model that transformers and --base open: {', '.join(files)}")
 
 
-MERGE = {"lora": lora.merge_lora, "qlora": qlora.merge_qlora}
+MERGE = dict.fromkeys(("lora", "dora", "adalora", "ia3"), lora.merge_lora) | {"qlora": qlora.merge_qlora}
+MERGE["bitfit"] = nothing  # its biases are the model's own
 UNMERGEABLE = dict.fromkeys(("adapter", "fusion"), "its layers are not linear") | dict.fromkeys(
     ("prefix", "prompt", "ptuning"), "its vectors are input of the model and change no weight"
 )

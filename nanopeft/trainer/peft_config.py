@@ -38,7 +38,7 @@ def check_targets(targets):
 UNSUPPORTED = (
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "exclude_modules", "kasa_config", "layer_replication",
     "layers_to_transform", "lora_bias", "monteclora_config", "target_parameters",
-    "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora",
+    "trainable_token_indices", "use_bdlora", "use_qalora",
 )  # fmt: skip
 
 
@@ -60,6 +60,28 @@ def lora_arguments(config):
         check_targets(targets)
     if not all(isinstance(name, str) and name for name in arguments["modules_to_save"] or []):
         raise Error(f"adapter_config.json: modules_to_save cannot be {arguments['modules_to_save']!r}")
+    return arguments
+
+
+def adalora_arguments(config):
+    """add_adalora's arguments. Its file holds the triplets that are left of init_r."""
+    require(config, {"bias": ["none"]})
+    fields = [
+        ("targets", "target_modules", (str, list), None), ("r", "init_r", (int,), 12),
+        ("alpha", "lora_alpha", (int, float), 8), ("dropout", "lora_dropout", (int, float), 0.0),
+    ]  # fmt: skip
+    arguments = read_fields(config, fields) | head_arguments(config)
+    check_targets(arguments["targets"])
+    return arguments
+
+
+def ia3_arguments(config):
+    """add_ia3's arguments. peft names in target_modules those of feedforward_modules too."""
+    fields = [("targets", "target_modules", (list,), None), ("feedforward", "feedforward_modules", (list,), None)]
+    arguments = read_fields(config | {"modules_to_save": None}, fields)
+    for targets in arguments.values():
+        check_targets(targets)
+    arguments["targets"] = [name for name in arguments["targets"] if name not in arguments["feedforward"]]
     return arguments
 
 

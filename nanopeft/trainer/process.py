@@ -21,8 +21,8 @@ from nanopeft import zero
 from nanopeft.trainer import Error, Failure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PARTS = """adamw adapter data gpt lora memory pipeline prefix prompt ptuning qlora quant recompute tensor_parallel
-           zero""".split()
+PARTS = """adalora adamw adapter data dora gpt ia3 lora memory pipeline prefix prompt ptuning qlora quant recompute
+           tensor_parallel zero""".split()
 ERRORS = (Error, *(import_module(f"nanopeft.{name}").Error for name in PARTS))  # wrong use, wherever it is noticed
 
 

@@ -96,7 +96,8 @@ def predict(model, args, precision, length):
 
     Nothing for what it does not know: targets outside of the blocks, adapters of several widths in a fusion.
     """
-    if vars(model.config).get("model_type") != "gpt2" or args.start is not None:
+    known = args.method in memory.SETTINGS and getattr(args, "init", None) != "pissa"
+    if not known or vars(model.config).get("model_type") != "gpt2" or args.start is not None:
         return {}  # of shapes or settings that memory.py has not
     how = {name: vars(args)[name] for name in memory.SETTINGS[args.method] if name in vars(args)}
     if args.method in ("adapter", "fusion"):
