@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 import nanopeft
-from nanopeft import adapter, gpt, lora, prefix, prompt, ptuning
+from nanopeft import adalora, adapter, dora, gpt, ia3, lora, prefix, prompt, ptuning
 
 README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
 
@@ -61,6 +61,10 @@ def test_the_family_table_counts_as_the_code_does():
         counts = {
             "full": trained(gpt2()),
             "LoRA": trained(lora.add_lora(gpt2(), r=8)),
+            "DoRA": trained(dora.add_dora(gpt2(), r=8)),
+            "AdaLoRA": trained(adalora.add_adalora(gpt2(), r=12)),
+            "IA3": trained(ia3.add_ia3(gpt2())),
+            "BitFit": trained(ia3.add_bitfit(gpt2())),
             "Houlsby": trained(adapter.add_adapter(gpt2(), placement="houlsby", bottleneck=48)),
             "Pfeiffer": trained(adapter.add_adapter(gpt2(), placement="pfeiffer", bottleneck=48)),
             "prompt": trained(prompt.PromptTuning(gpt2(), 20)),

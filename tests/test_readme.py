@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[1]
 SECTION = re.search(r"^## Paste it\n(.*?)^## ", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)[1]
 SCRIPT, *BLOCKS = re.findall(r"^```python\n(.*?)^```", SECTION, re.M | re.S)
-FILES = ("lora", "qlora", "multi_lora", "adapter", "prefix", "prompt", "ptuning", "adamw")
+FILES = ("lora", "qlora", "multi_lora", "dora", "adalora", "ia3", "adapter", "prefix", "prompt", "ptuning", "adamw")
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
