@@ -77,7 +77,7 @@ class DoRALinear(lora.LoRALinear):
     def start(self):
         """m = ‖W + s B A‖, which is ‖W‖ while B is 0."""
         W = self.rows().to(self.lora_B.dtype)
-        self.register_buffer("squares", W.square().sum(1), persistent=False)  # (out,)
+        self.register_buffer("squares", W.square().sum(1))  # (out,); saved with W, whose lengths it has
         self.magnitude = nn.Parameter(self.lengths())  # (out,)
 
     def forward(self, x):

@@ -183,6 +183,7 @@ class PiSSALinear(LoRALinear):
         s · B₀ A₀ = U_r S_r V_rᵀ,  W = U S Vᵀ          y = x W_resᵀ + b + s · x Aᵀ Bᵀ,  W_res = W - s · B₀ A₀
 
     Both move from the first step. W itself is not changed: s (B A - B₀ A₀) is an update of rank 2r, and is saved so.
+    Over 4 bits it is W that is rounded, not W_res, so the start has QLoRA's error and not the paper's smaller one.
     """
 
     own = LoRALinear.own | {"A_0", "B_0"}
@@ -195,7 +196,8 @@ class PiSSALinear(LoRALinear):
             raise Error(f"init='pissa' needs alpha > 0, and a rank of at most {min(W.shape)} in {self.lora_name}")
         U, S, Vt = torch.linalg.svd(W.to(dtype), full_matrices=False)
         root = (S[:r] / self.scaling).sqrt()  # (r,)
-        self.lora_A.data, self.lora_B.data = root[:, None] * Vt[:r], U[:, :r] * root
+        self.lora_A.data.copy_(root[:, None] * Vt[:r])
+        self.lora_B.data.copy_(U[:, :r] * root)
         self.register_buffer("A_0", self.lora_A.detach().clone())
         self.register_buffer("B_0", self.lora_B.detach().clone())
 
@@ -336,24 +338,22 @@ def lora_parameters(model):
 
 def lora_plus_groups(model, lr, ratio=16):
     """Parameter groups for an optimizer: LoRA+ (arXiv 2402.12354) gives B `ratio` times A's learning rate."""
-    B = {id(layer.lora_B) for layer in lora_layers(model).values()}
-    groups = {1: [], ratio: []}
-    for p in lora_parameters(model).values():
-        groups[ratio if id(p) in B else 1].append(p)
-    return [{"params": params, "lr": lr * times} for times, params in groups.items()]
+    B = dict.fromkeys(layer.lora_B for layer in lora_layers(model).values())
+    rest = [p for p in lora_parameters(model).values() if p.requires_grad and p not in B]
+    return [{"params": rest, "lr": lr}, {"params": [*B], "lr": lr * ratio}]
 
 
 def lora_state_dict(model):
     """What was trained: the content of adapter_model.safetensors. The tensors are the model's own: they train on. (Not
     those of PiSSA, which are copies.)"""
     state = {key: p.detach() for key, p in lora_parameters(model).items()}
-    for name, layer in lora_layers(model).items():
-        if isinstance(layer, PiSSALinear):
-            state |= {f"base_model.model.{name}.{end}": t.detach() for end, t in zip(layer.stored, layer.factors())}
     for key, p in state.items():
         if p.numel() == 0 or hasattr(p, "full_tensor"):
             how = "inside ZeRO's engine.whole(), or, with FSDP2, on a model that has each full_tensor()"
             raise Error(f"{key} is sharded: call this {how}")
+    for name, layer in lora_layers(model).items():
+        if isinstance(layer, PiSSALinear):
+            state |= {f"base_model.model.{name}.{end}": t.detach() for end, t in zip(layer.stored, layer.factors())}
     return state
 
 

@@ -185,6 +185,14 @@ def test_disabled_and_removed():
     assert torch.equal(lora.remove_lora(model)(IDS).logits, before) and not hasattr(model, "lora_config")
 
 
+def test_loading_a_whole_model_brings_the_lengths_of_its_rows():
+    """A model that loads another's state_dict, base and all, computes what that one does."""
+    torch.manual_seed(0)
+    one, other = dora.add_dora(hf_llama()), randomize(dora.add_dora(hf_llama()))
+    one.load_state_dict(other.state_dict())
+    assert torch.equal(one(IDS).logits, other(IDS).logits)
+
+
 def test_a_row_of_zeros():
     """A row of zeros, which has no direction, starts as it is, without NaN in outputs or gradients."""
     layer = nn.Linear(4, 3)

@@ -195,6 +195,104 @@ def test_training_starts_from_the_base(kind, init, dtype):
     assert zero.grad.abs().max() > 0.01
 
 
+def test_pissa_starts_from_the_largest_part_of_w():
+    """s B A is the r largest singular values of W, shared evenly by A and B: numbers of a 4 x 6 matrix, whatever α.
+
+    In fp64: the second and third singular value are 0.004 apart, and fp32's vectors off by 6e-8 · 2.9 / 0.004 = 4e-5.
+    """
+    W = torch.sin(torch.linspace(-1, 1, 24, dtype=torch.float64)).view(4, 6) + torch.eye(4, 6)
+    row = torch.tensor([0.034582, -0.074792, 0.126549, -0.037274, -0.074354, 0.021771], dtype=torch.float64)
+    S = torch.tensor([[2.902800, 0], [0, 1.004046]], dtype=torch.float64)
+    near = dict(rtol=0, atol=1e-6)  # the numbers are rounded to 1e-6
+    for kind, alpha in (("linear", 6), ("linear", 1), ("conv1d", 6)):
+        model = one_layer(kind, 6, 4)
+        model[0].weight.data = W if kind == "linear" else W.t().contiguous()
+        layer = lora.add_lora(model, r=2, alpha=alpha, init="pissa")[0]
+        A, B, s = layer.lora_A.detach(), layer.lora_B.detach(), alpha / 2
+        assert A.is_contiguous() and B.is_contiguous()
+        rest = W - s * B @ A
+        torch.testing.assert_close(rest[0], row, **near)
+        assert rest.square().sum().item() == pytest.approx(0.999929**2 + 0.121605**2, abs=2e-6)
+        for factor in (A @ A.t(), B.t() @ B):
+            torch.testing.assert_close(factor * s, S, **near)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.sampled_from(("linear", "no bias", "conv1d")), st.integers(1, 12), st.integers(1, 12), st.integers(1, 12),
+    st.floats(0.1, 50), st.booleans(), st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_pissa_starts_from_the_base_and_merges(kind, n_in, n_out, r, alpha, rslora, dtype):
+    """It starts from the base within rounding; then it is W + s (B A - B₀ A₀), merged or not; disabled, the base.
+
+    h has sums of n_in products and the update one of 2r, which is 0 but for rounding: at most n_in + 2r + 4 roundings
+    of the two halves, each of size T = s |x| |A|ᵀ |B|ᵀ. Adding it to y rounds y once. A and A₀ are cast alike.
+    """
+    assume(r <= min(n_in, n_out))
+    torch.manual_seed(0)
+    model, x = one_layer(kind, n_in, n_out, dtype), an_input(kind, n_in, dtype)
+    before, W = model(x), model[0].weight.detach().clone()
+    layer = lora.add_lora(model, r=r, alpha=alpha, rslora=rslora, init="pissa")[0]
+    A, B = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
+    T = layer.scaling * (x.abs().to(A.dtype) @ A.abs().t() @ B.abs().t()).double()
+    u = torch.finfo(dtype).eps / 2
+    bound = 1.1 * u * (2 * (n_in + 2 * r + 4) * T + before.double().abs()) + torch.finfo(dtype).tiny
+    assert ((model(x) - before).double().abs() <= bound).all()
+    for p in lora.lora_parameters(model).values():
+        p.data += 0.3 * torch.randn_like(p)
+    update = layer.scaling * (layer.lora_B @ layer.lora_A - B @ A).detach()
+    expected = before + x @ update.t().to(dtype)
+    if dtype == torch.float64:  # 1e-10: some hundred roundings of 1e-16 of numbers up to 1e4
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(lora.merge_lora(model)(x), expected, rtol=0, atol=1e-10)
+    else:
+        lora.merge_lora(model)
+    with lora.lora_disabled(model):
+        assert torch.equal(model(x), before)
+    assert torch.equal(lora.remove_lora(lora.unmerge_lora(model))[0].weight, W)
+
+
+def test_pissas_first_gradients_are_those_of_the_formula():
+    """Both factors learn from the first step: dA = s Bᵀ dyᵀ x and dB = s dyᵀ x Aᵀ, and what is taken off does not."""
+    torch.manual_seed(0)
+    model, x, dy = one_layer("linear", 5, 4), an_input("linear", 5), torch.randn(5, 4, dtype=torch.float64)
+    layer = lora.add_lora(model, r=2, init="pissa", alpha=6)[0]
+    model(x).backward(dy)
+    A, B = layer.lora_A, layer.lora_B
+    torch.testing.assert_close(A.grad, 3 * B.t() @ dy.t() @ x)
+    torch.testing.assert_close(B.grad, 3 * dy.t() @ (x @ A.t()))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"0.lora_A", "0.lora_B"}
+
+
+def test_pissa_is_refused_where_it_cannot_start_or_be_saved():
+    """A rank above the layer's sizes, α = 0 and sharded factors are errors of one line."""
+    for wrong in (dict(r=4), dict(r=2, alpha=0)):
+        model = one_layer("linear", 5, 3)
+        with pytest.raises(lora.Error, match="alpha > 0, and a rank of at most 3 in 0"):
+            lora.add_lora(model, init="pissa", **wrong)
+        assert type(model[0]) is nn.Linear and all(p.requires_grad for p in model.parameters())
+    model = lora.add_lora(one_layer("linear", 5, 3), r=2, init="pissa")
+    for p in lora.lora_parameters(model).values():
+        p.data = p.new_empty(0)  # as ZeRO-3 leaves them
+    with pytest.raises(lora.Error, match="is sharded"):
+        lora.lora_state_dict(model)
+
+
+def test_lora_plus_gives_b_a_rate_of_its_own():
+    """lora_plus_groups has each trained parameter once, B with 8 times the rate of A and of modules_to_save."""
+    model = nn.Sequential(OrderedDict(body=nn.Linear(4, 3), norm=nn.BatchNorm1d(3), head=nn.Linear(3, 2)))
+    lora.add_lora(model, ["body"], r=2, modules_to_save=["norm", "head"])
+    groups = lora.lora_plus_groups(model, lr=0.5, ratio=8)
+    rates = {id(p): group["lr"] for group in torch.optim.SGD(groups).param_groups for p in group["params"]}
+    assert len(rates) == sum(len(group["params"]) for group in groups)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {name: rates.pop(id(p)) for name, p in trained.items()} == {
+        "body.lora_A": 0.5, "body.lora_B": 4.0, "norm.weight": 0.5, "norm.bias": 0.5, "head.weight": 0.5,
+        "head.bias": 0.5,
+    }  # fmt: skip
+    assert not rates
+
+
 def test_two_zero_factors_never_learn():
     """With A = B = 0 both gradients are zero, so that one factor has to be drawn."""
     model = lora.add_lora(one_layer("linear", 6, 5), r=3)
