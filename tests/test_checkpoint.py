@@ -509,7 +509,7 @@ def test_config_gives_back_the_arguments(targets, r, alpha, dropout, rslora, ran
 @pytest.mark.parametrize(
     "change",
     [
-        {"use_dora": True}, {"use_qalora": True}, {"use_bdlora": {"nblocks": 2}}, {"alpha_pattern": {"up": 4}},
+        {"use_qalora": True}, {"use_bdlora": {"nblocks": 2}}, {"alpha_pattern": {"up": 4}},
         {"modules_to_save": "score"}, {"modules_to_save": [1]}, {"modules_to_save": [""]},
         {"layers_to_transform": [1]}, {"layer_replication": [[0, 2]]},
         {"exclude_modules": ["h.0.up"]}, {"target_parameters": ["experts.up"]}, {"trainable_token_indices": [1]},
@@ -591,7 +591,7 @@ def test_configs_that_adapters_cannot_follow_are_refused(change):
             peft_config.fusion_arguments({"adapters": adapters})
 
 
-@pytest.mark.parametrize("config", [[], None, 3, "LORA", {}, {"peft_type": "IA3"}, {"peft_type": ["LORA"]}])
+@pytest.mark.parametrize("config", [[], None, 3, "LORA", {}, {"peft_type": "VERA"}, {"peft_type": ["LORA"]}])
 def test_a_config_of_no_method_is_refused(tmp_path, config):
     """A config that is no object, or of a method that is not here, is refused in one line."""
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
@@ -604,7 +604,7 @@ def test_a_config_of_no_method_is_refused(tmp_path, config):
 @pytest.mark.parametrize(
     "options",
     [
-        {"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"bias": "all"},
+        {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"bias": "all"},
         {"alpha_pattern": {"c_attn": 3}}, {"layers_to_transform": [1]},
         {"trainable_token_indices": [1, 2]}, {"lora_bias": True},
     ],

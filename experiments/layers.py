@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: MIT
+"""Could LoRA go on any layer? Where it is put, at about as many trained numbers each time.
+
+    python experiments/layers.py        some 45 minutes on two cores; the same command goes on after a stop
+"""
+
+import run
+from matplotlib.figure import Figure
+
+BUDGET, BLOCKS = 196_608, range(6)  # r = 8 on all linear layers of the embedded base
+SIZES = {"attn.c_attn": 256 + 768, "attn.c_proj": 512, "mlp.c_fc": 256 + 1024, "mlp.c_proj": 1024 + 256}  # in + out
+ATTENTION, MLP, ALL = [*SIZES][:2], [*SIZES][2:], [*SIZES]
+
+
+def lora(kinds, blocks=BLOCKS, more=""):
+    """Flags that put LoRA on these layers of these blocks, with the rank that makes up the budget."""
+    targets = [f"h.{block}.{kind}" for block in blocks for kind in kinds]
+    rank = round(BUDGET / sum(SIZES[kind] for kind in kinds) / len(blocks))
+    return f"--rank {min(rank, 256)} --alpha {2 * min(rank, 256)} --targets {','.join(targets)}{more}"
+
+
+SETTINGS = {"all linear": lora(ALL), "all, embedding too": lora(ALL, more=",wte"), "attention": lora(ATTENTION),
+            "c_attn (q, k, v)": lora(["attn.c_attn"]), "MLP": lora(MLP), "lower half": lora(ALL, range(3)),
+            "upper half": lora(ALL, range(3, 6))}  # fmt: skip
+SETTINGS |= {f"block {block} alone": lora(ALL, [block]) for block in BLOCKS}
+
+
+def draw(found):
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for y, values in enumerate(found.values()):
+        loss, error = run.mean(values["loss_after"])
+        axes.errorbar(loss, y, xerr=error, fmt="o", color="tab:blue", capsize=3)
+    axes.set(yticks=range(len(found)), yticklabels=found, xlabel="loss, nats per token, mean and its standard error")
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3)
+    run.save(figure, "layers")
+
+
+if __name__ == "__main__":
+    found = run.run("layers", SETTINGS, "--method lora --precision bf16 --steps 200")
+    print(run.table(found))
+    draw(found)
