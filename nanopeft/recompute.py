@@ -12,21 +12,23 @@ backward arrives at a block, it runs the block's forward once more from there.
 
 Memory. Let `a` be the bytes of one block's activations, and `c` those of its input. L blocks keep L · a; recomputed
     L · c + a                       every block: all inputs, and the activations of the block where backward is
-    L/k · c + (L - L/k) · a         every k-th block (every=k > 1): the others keep their activations
-A block of GPT-2 has c = n·d·e and a = 16c (n tokens, width d, e bytes a number; counted in nanopeft/memory.py).
-12 blocks of d = 256, fp32, 4 x 256 tokens: c is 1 MiB, a 16 MiB. 192 MiB become 28. The peaks below are higher: in
+    L/k · c + (L - L/k) · a         every k-th block (every=k > 1): the others keep their activations, and when one is
+                                    computed again, those of the block after it have been freed
+A block of GPT-2 has c = n·d·e and a = 16c (n tokens, width d, e bytes a number; counted in nanopeft/memory.py). 12
+blocks of d = 256, fp32, 4 x 256 tokens: c is 1 MiB, a 16 MiB. 192 MiB become 28. The peaks below are higher: in
 backward there are also gradients around the block, and in full training up to 36 MiB of the weights' gradients.
 
 Why one block at a time, and not the √L segments of the paper? A segment is several blocks that are recomputed together.
-With k segments the memory is k · c + (L/k) · a, least for k = √(L · a / c). The paper has layers with a = c, so k = √L.
-A block has a = 16c, so k = √(16 L) = 13.9 for L = 12: more segments than blocks, and each block is one. For L = 48
-24 segments of two blocks would take 56c, and a segment for each block takes 64c.
+With g segments the memory is g · c + (L/g) · a, least for g = √(L · a / c). The paper has layers with a = c, so g = √L.
+A block has a = 16c, so g = √(16 L) = 13.9 for L = 12: more segments than blocks, so each block is one. For L = 48, two
+blocks a segment would take 24c + 32c = 56c, and one block a segment takes 48c + 16c = 64c: little more, and simpler.
 
 Time. Let forward take 1. In full training backward takes 2 (dx and dW); with forward a second time 3 become 4, + 1/3.
-Over frozen weights backward takes 1 (dx alone); 2 become 3, + 1/2. The usual "one third" is only the first case.
-The second forward may stop when it has the last tensor that backward needs. That is the input of the block's last
-linear layer, so this layer, 4 of the 12 d² weights, is not repeated: + 2/9 in full training, + 1/3 over frozen weights.
-It is repeated if something after it is needed: the mask of a dropout, or LoRA's A x beside it. Then it is + 1/2 again.
+Over frozen weights backward takes 1 (dx alone); 2 become 3, + 1/2. The usual "one third" is only the first case. The
+second forward may stop when it has the last tensor that backward needs. That is the input of the block's last linear
+layer, so this layer, 4 of the 12 d² weights, is not repeated: + 2/9 in full training, + 1/3 over frozen weights. It is
+repeated if backward needs more than that input: the mask of a dropout after it, or the A x of a LoRA on it. So LoRA on
+all linear layers costs + 1/2 again.
 
     12 blocks, d = 256, fp32, 4 x 256 tokens     full             LoRA, all linear     LoRA, c_attn
                                                  FLOPs    peak    FLOPs    peak        FLOPs    peak     (over weights)
@@ -50,8 +52,9 @@ recommends and whose mechanism this is.
 
 With other techniques. Where LoRA or adapters are on all layers, nearly all activations are kept (202 of 204 MiB above).
 Prefix-tuning hands its prefix over in a cache, see above; transformers' own gradient checkpointing drops it. ZeRO stage
-3 gathers a block's weights once in backward, for the second forward and the gradients. The loss in chunks of gpt.py is
-the same idea for logits. Offloading activations to the CPU is the alternative where the link is fast.
+3 gathers a block's weights once in backward, before the second forward, and keeps them for the gradients. The loss in
+chunks of gpt.py is the same idea for logits. Offloading activations to the CPU is the alternative where the link is
+fast.
 
 When to use it: activations fill the memory (nanopeft/memory.py tells). Try smaller micro-batches first; they do not
 help if one long row is too much. If the weights fill the memory, quantize or shard those.

@@ -626,8 +626,8 @@ PROMPT = {"num_virtual_tokens", "num_transformer_submodules", "modules_to_save"}
 PROMPT |= {"token_dim", "num_attention_heads", "num_layers"}  # these are seen from the model and the tensor
 KNOWN = {
     peft.LoraConfig: {
-        "target_modules", "r", "lora_alpha", "lora_dropout", "rank_pattern", "use_rslora", "bias", "init_lora_weights",
-        "modules_to_save", *peft_config.UNSUPPORTED,
+        "target_modules", "r", "lora_alpha", "lora_dropout", "rank_pattern", "use_rslora", "use_dora", "bias",
+        "init_lora_weights", "modules_to_save", *peft_config.UNSUPPORTED,
         "fan_in_fan_out",  # seen from the layer
         "layers_pattern", "qalora_group_size", "megatron_config", "megatron_core",  # of what is refused, or unused
         "loftq_config", "eva_config", "corda_config", "lora_ga_config",  # of an init, which is refused where it matters
