@@ -693,7 +693,7 @@ def test_methods_on_a_llama(folder, monkeypatch, tmp_path, talks, method, precis
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("cases", [40, pytest.param(2000, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("cases", [40, pytest.param(500, marks=pytest.mark.thorough)])
 def test_damaged_folders_are_refused_or_load(folder, tmp_path, cases):
     """Whatever is wrong with a Llama's folder: it loads and writes a text, or is refused by Error in one line."""
     spoil, good = runpy.run_path(str(Path(__file__).parent / "test_survives.py"))["spoil"], tmp_path / "good"
