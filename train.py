@@ -77,7 +77,7 @@ def fine_tune(args, precision, ranks):
     meter = report.Meter(device, began)
     base = methods.load_base(args.base, encoding, storage_dtype(args, dtype), device)
     base_size, blocks = sum(p.numel() for p in base.parameters()), bases.blocks(base)
-    args.lr = methods.default_rate(args.method, base_size) if args.lr is None else args.lr
+    args.lr = methods.default_rate(args, base_size) if args.lr is None else args.lr
     if args.pack and not bases.packs(base):
         raise Error(f"--pack: {args.base} does not keep examples of one row apart by their positions; leave it out")
 

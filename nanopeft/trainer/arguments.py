@@ -113,7 +113,8 @@ def add_flags(parser):
     add("--epochs", type=float, help="passes over the training data, instead of --steps")
     add("--batch", type=int, default=16, help="rows in a micro-batch (16)")
     add("--accumulate", type=int, default=1, help="micro-batches in a step (1)")
-    add("--lr", type=float, help=f"peak of the learning rate ({rates}; a fifth for bases of over 50 million numbers)")
+    rates += "; a fifth for pissa, and for bases of over 50 million numbers"
+    add("--lr", type=float, help=f"peak of the learning rate ({rates})")
     add("--weight-decay", type=float, default=0.0, help="of the weight matrices (0)")
     add("--clip", type=float, default=1.0, help="largest norm of a gradient (1)")
     add("--seed", type=int, default=0, help="of initialization, batches and samples (0)")

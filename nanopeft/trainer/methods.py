@@ -193,9 +193,11 @@ def add(model, args, encoding, train):
     return model
 
 
-def default_rate(method, base_size):
-    """Large models take smaller learning rates. Measured: the embedded base of 5.7 M parameters, SmolLM2-135M."""
-    return METHODS[method].defaults["lr"] / (5 if base_size > 50e6 else 1)
+def default_rate(args, base_size):
+    """Large models take smaller learning rates (measured: the embedded base of 5.7 M parameters, SmolLM2-135M). So does
+    PiSSA, whose factors are large from the start."""
+    small = (5 if base_size > 50e6 else 1) * (5 if args.init == "pissa" else 1)
+    return METHODS[args.method].defaults["lr"] / small
 
 
 def count(method, base_size, model):
