@@ -24,7 +24,7 @@ of all m. In 1F1B a stage first does a forward for each stage after it. From the
 backward, which frees the oldest. So at most min(m, p - s) are alive. The dots are as many as in GPipe.
 Two schedules have a smaller bubble. Interleaving gives a rank v separate pieces of the model: turns are v times
 shorter, the bubble is (p - 1) / (v·m) of the work, and messages are v times as many. Zero bubble cuts backward into dx,
-which the stage before needs, and dW, which can fill the waiting. Over frozen weights, as in LoRA, there is hardly any.
+which the stage before needs, and dW, which can fill the waiting. (In LoRA, over frozen weights, dW is hardly any work.)
 
 Balance: the slowest stage sets the pace. GPT-2's head has V·d = 38.6M weights, 5.45 times a block's 12·d². With 3
 blocks on each of 4 stages, the last one works as for 8.45, and stages wait for 54 % of the time (m = 8). partition()
@@ -37,7 +37,8 @@ all-reduces B·T·d numbers four times in each layer, and ZeRO sends all paramet
 
 Deadlock: with gloo a send ends when the other side receives. In 1F1B stage s sends an activation while s + 1 sends it a
 gradient. If both waited for their send to end, they would wait forever. So a stage only starts a send (isend), and goes
-on. It waits for the end before its next send in the same direction, when the neighbour has received or soon will.
+on. It waits for the end before its next send in the same direction. By then the neighbour has received it, or comes to
+that without waiting for this stage again.
 
 When to use it: the model does not fit one device, links are slow (between nodes), and there are micro-batches enough.
 If only optimizer state or gradients do not fit, ZeRO is simpler and has no bubble. Recomputation goes with both.
@@ -52,7 +53,8 @@ Pitfalls
 * The loss is divided by the labelled tokens of all m: a mean of means is another loss. backward() does it.
 * Clip with step(clip=1.0): the norm is over all stages, a tied table counted once. clip_grad_norm_ sees one stage.
 * GPT's loss in chunks makes the head's gradient in forward. In GPipe the last stage keeps m of them, in 1F1B one. And
-  forwards wait for the last stage, backwards for the first: with p = 2 and m = 8 GPipe waits 32 % and 1F1B 15 %.
+  the last stage is slow in forward and fast in backward. GPipe waits for it first and for the others then, while in
+  1F1B its forwards and backwards alternate: with p = 2 and m = 8 GPipe waits 32 % of the time, 1F1B 15 %.
 * Each rank needs the same batches: masks and labels are not sent. Dropout draws other numbers than one process does.
 
 Papers: GPipe, arXiv 1811.06965, section 2.3; PipeDream, 1806.03377 (1F1B); Megatron, 2104.04473, sections 2.2 (1F1B
