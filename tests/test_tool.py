@@ -152,9 +152,11 @@ def test_a_closed_terminal_saves(monkeypatch, files, tmp_path, capsys):
         signal.raise_signal(signal.SIGHUP)
         return sample(self, *rest)
 
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     with monkeypatch.context() as patch:
         patch.setattr(data.TokenStream, "sample", hang_up)
         assert train(patch, files, tmp_path) is None
+    signal.signal(signal.SIGHUP, before)
     assert "stopped after step 1" in capsys.readouterr().err
     assert train(monkeypatch, files, tmp_path, "--resume")["steps"] == 6
 
