@@ -14,7 +14,7 @@
     torchrun --nproc_per_node 2 train.py --pipeline 2 --accumulate 8     ... that hold half of the layers each
 
 A run leaves in out/METHOD/ what was trained, in peft's format (adapter, fusion: in one like it, for peft lacks them;
-full: a GPT-2 checkpoint), result.json, loss.png, and state.safetensors, from which --resume goes on.
+full: the whole model), result.json, loss.png (adalora: ranks.svg), and state.safetensors, from which --resume goes on.
 
 This file is the recipe, read from fine_tune() on: data, base, method, engine, evaluation, loop, evaluation, files,
 report. What it stands on is in nanopeft/trainer/; the methods themselves are in nanopeft/.

@@ -128,7 +128,7 @@ def test_a_run_learns_and_leaves_its_files(monkeypatch, files, tmp_path, method,
     assert file.stat().st_size < result["stored_bytes"] < file.stat().st_size + 200_000
     narrow = process.DTYPES[result["computed_in"]]
     assert {t.dtype for t in stored.values()} == {narrow if method in ("full", "bitfit") else torch.float32}
-    assert not list(tmp_path.glob("*.new"))
+    assert not list(tmp_path.glob("*.new")) and (tmp_path / "ranks.svg").exists() == (method == "adalora")
     predicted, measured = result["predicted_bytes"], result["measured_bytes"]
     assert measured.keys() == {"parameters", "gradients", "optimizer", "activations", "peak"}
     assert predicted.keys() == (set() if method in UNPREDICTED else measured.keys())

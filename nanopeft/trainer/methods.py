@@ -217,14 +217,13 @@ def save(model, encoding, args, folder, base_checksum):
         config = method.config(model) | {"base_model_name_or_path": args.base, "task_type": "CAUSAL_LM"}
         state, files = method.state_dict(model), ("adapter_config.json", "adapter_model.safetensors")
         if args.method == "qlora":
-            config["base_quantization"] = quantization(model)  # ours alone: peft passes over it
+            quantized = next(m for m in model.modules() if isinstance(m, qlora.QuantizedLinear))
+            config["base_quantization"] = quantized.quant_type  # ours alone: peft passes over it
+        if args.method == "adalora":
+            checkpoint.write(folder / "ranks.svg", adalora.svg(adalora.ranks(model)).encode())
         checkpoint.save_adapter(folder, state, config, base_checksum)
         stored = sum(t.numel() for t in state.values())
     return {"stored_parameters": stored, "stored_bytes": sum((folder / name).stat().st_size for name in files)}
-
-
-def quantization(model):
-    return next(m.quant_type for m in model.modules() if isinstance(m, qlora.QuantizedLinear))
 
 
 def save_whole(model, encoding, folder):
