@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Fine-tunes a GPT with the method of your choice and shows what happened.
+"""Fine-tunes a language model with the method of your choice and shows what happened.
 
     python train.py --method lora --precision bf16              the language reference, in a minute or two
     python train.py --method prefix --data modules              which package does this function come from?
