@@ -10,11 +10,14 @@ transformers takes seconds to import, so it is imported where it is needed.
 import functools
 import inspect
 import itertools
+import math
 import os
+import re
 from contextlib import contextmanager, suppress
 
 import torch
 import torch.nn as nn
+from safetensors import safe_open
 
 from nanopeft import gpt
 from nanopeft.trainer import Error
@@ -59,9 +62,15 @@ def one_line(what, error):
 
 def read_config(folder):
     """The model's config, without dropout; Error if it is of no causal LM."""
-    transformers = library(folder)
-    if "quantization_config" in read_json(folder / "config.json"):
+    transformers, stored = library(folder), read_json(folder / "config.json")
+    if "quantization_config" in stored:
         raise Error(f"{folder} is stored quantized: give the model that it was made from, in 16 or 32 bits")
+    configs = [stored]
+    for config in configs:
+        configs += [value for value in config.values() if isinstance(value, dict)]
+        for key, n in config.items():  # of each one transformers makes Python objects
+            if re.search("layer|expert|block", key) and isinstance(n, (int, float)) and not n <= 4096:
+                raise Error(f"{folder / 'config.json'}: {key} = {n} is more than 4096")
     config = from_folder("AutoConfig", folder)
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise Error(f"{folder} is of type {config.model_type!r}, and transformers has no causal LM of that type")
@@ -76,6 +85,14 @@ def read_config(folder):
 
 def load(folder, dtype):
     """The model in evaluation mode."""
+    shapes = load_shapes(folder)
+    wanted = sum(t.numel() for t in {*shapes.parameters(), *shapes.buffers()})
+    there = 0
+    for path in folder.glob("model*.safetensors"):
+        with damaged(f"{path} cannot be read"), safe_open(path, "pt") as file:
+            there += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
+    if wanted > 2 * there + (1 << 24):  # small models have tables of rotations and masks, which are in no file
+        raise Error(f"{folder}: config.json is of a model of {wanted:,} numbers, and the files have {there:,}")
     options = dict(config=read_config(folder), dtype=dtype, use_safetensors=True, output_loading_info=True)
     model, found = from_folder("AutoModelForCausalLM", folder, **options)
     if found["missing_keys"]:  # transformers would draw them at random
