@@ -46,6 +46,7 @@ import re
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 try:
     from . import lora
@@ -122,7 +123,7 @@ class RankBudget:
         clock = self.optimizer.state[self.layers[0].lora_E]
         clock["t"] = t = clock.get("t", torch.zeros((), dtype=torch.long)) + 1
         final = self.total - self.end
-        if t < final:
+        if t < final or t == 1:  # the last pruning may be at the first step
             for p in (p for layer in self.layers for p in layer.parts()):
                 state, worth = self.optimizer.state[p], (p * p.grad).abs()  # |w dw|
                 mean, spread = (state.setdefault(name, torch.zeros_like(p)) for name in ("importance", "uncertainty"))
@@ -149,16 +150,17 @@ class RankBudget:
 # ----------------------------------------------------------------------------------------------------------------- use
 
 
-def add_adalora(model, targets="all-linear", *, r=12, alpha=16, **arguments):
+def add_adalora(model, targets="all-linear", *, r=12, alpha=16, dropout=0.0, modules_to_save=None):
     """Freezes the model, wraps its target layers in place and returns it. Wrong use: Error or lora.Error.
 
-    r: the rank at the start; the other arguments are add_lora's. A RankBudget then prunes, and orthogonality(model) is
-    added to the loss. lora.py's merge_lora, unmerge_lora, remove_lora and lora_disabled serve AdaLoRA too.
+    r: the rank at the start, of all layers; the other arguments are add_lora's. A RankBudget then prunes, and
+    orthogonality(model) is added to the loss. lora.py's merge_lora, unmerge_lora, remove_lora and lora_disabled serve
+    AdaLoRA too.
     """
-    found = lora.find_targets(model, targets, lora.find_saved(model, arguments.get("modules_to_save")))
+    found = lora.find_targets(model, targets, lora.find_saved(model, modules_to_save))
     if tables := [name for name, layer in found.items() if isinstance(layer, nn.Embedding)]:
         raise Error(f"{tables[0]} is an embedding, and AdaLoRA here is for linear layers: leave it out")
-    lora.add_lora(model, targets, r=r, alpha=alpha, **arguments)
+    lora.add_lora(model, targets, r=r, alpha=alpha, dropout=dropout, modules_to_save=modules_to_save)
     for layer in lora.lora_layers(model).values():
         layer.__class__ = AdaLoRALinear
         layer.start(alpha)
@@ -184,15 +186,14 @@ def adalora_config(model):
 
 @torch.no_grad()
 def load_adalora_state_dict(model, state):
-    """The reverse, onto a model that add_adalora has prepared with the same r. If the two do not fit: Error."""
-    whole = {key: torch.zeros_like(p) for key, p in lora.lora_state_dict(model).items()}
-    for key, t in state.items():
-        if key not in whole or any(n > most for n, most in zip(t.shape, whole[key].shape)):
-            raise Error(f"the adapter does not fit: {key} is {tuple(t.shape)}")
-        whole[key][tuple(map(slice, t.shape))] = t
-    if missing := whole.keys() - state.keys():
-        raise Error(f"the adapter does not fit: {min(missing)} is missing")
-    lora.load_lora_state_dict(model, whole)
+    """The reverse, onto a model that add_adalora has prepared with the same r. If the two do not fit: lora.Error."""
+    state = dict(state)
+    for name, layer in lora.lora_layers(model).items():
+        A, B, E = keys = [f"base_model.model.{name}.lora_{part}" for part in "ABE"]
+        if state.keys() >= {*keys}:
+            pruned = max(0, len(layer.lora_E) - len(state[E]))  # they are 0 here
+            state |= {key: F.pad(state[key], (0, 0, 0, pruned)) for key in (A, E)} | {B: F.pad(state[B], (0, pruned))}
+    lora.load_lora_state_dict(model, state)
 
 
 def ranks(model):
@@ -202,7 +203,8 @@ def ranks(model):
 
 def svg(ranks):
     """A picture of the ranks: a row for each kind of layer, a column for each block."""
-    place = {name: (re.sub(r"\.?\b\d+\b", "", name), *map(int, re.findall(r"\b\d+\b", name)[:1])) for name in ranks}
+    number = re.compile(r"\.?\b(\d+)\b")  # the first in a name is its block's
+    place = {name: (number.sub("", name, count=1), *map(int, number.findall(name)[:1])) for name in ranks}
     kinds = [*dict.fromkeys(kind for kind, *_ in place.values())]
     left, most = 8 * max(map(len, kinds)) + 10, max(*ranks.values(), 1)
     width, height = left + 30 * (1 + max((block[0] if block else 0) for _, *block in place.values())), 30 * len(kinds)

@@ -156,6 +156,5 @@ if __name__ == "__main__":
     for p in lora.lora_parameters(model).values():
         nn.init.uniform_(p)
     print(f"merged against unmerged: a largest difference of {(model(x) - lora.merge_lora(model)(x)).abs().max():.1e}")
-    bare = lora.remove_lora(lora.unmerge_lora(model))
-    print(f"unmerged and removed, the base is bit for bit: {torch.equal(bare(x), before)}")
-    print(f"BitFit trains {', '.join(bitfit_parameters(add_bitfit(bare)))}")
+    print(f"unmerged and removed, it is the base: {torch.equal(lora.remove_lora(lora.unmerge_lora(model))(x), before)}")
+    print(f"BitFit trains {', '.join(bitfit_parameters(add_bitfit(model)))}")
