@@ -8,8 +8,10 @@ import runpy
 import shutil
 import signal
 import sys
+import time
 import types
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from unittest import mock
 
 import peft
@@ -303,7 +305,7 @@ def test_models_that_are_no_base(tmp_path, folder):
     config(model_type="llama", vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     refuse(load, tmp_path, match="has no model.safetensors, and weights in other formats")
     (tmp_path / "model.safetensors").write_bytes(b"no")
-    refuse(load, tmp_path, match="AutoModelForCausalLM of transformers does not open")
+    refuse(load, tmp_path, match="model.safetensors cannot be read")
     config(model_type="llama", quantization_config={"quant_method": "gptq"})
     refuse(load, tmp_path, match="is stored quantized")
     config(model_type="t5")
@@ -320,6 +322,20 @@ def test_missing_tensors(tmp_path):
     state = {key: t for key, t in model.state_dict().items() if "layers.1.mlp" not in key}
     model.save_pretrained(tmp_path, state_dict=state)
     refuse(bases.load_base, tmp_path, match="has no tensors model.layers.1.mlp.down_proj.weight, ")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_neo"])
+@pytest.mark.parametrize("key, n", [("vocab_size", 10**9), ("hidden_size", 1 << 20), ("num_hidden_layers", 10**9),
+                                    ("num_layers", 10**9), ("num_experts", 10**9)])  # fmt: skip
+def test_sizes_that_the_files_do_not_have(folder, tmp_path, kind, key, n):
+    """A config that describes a far larger model than its files hold is refused at once, and takes no memory for it."""
+    shutil.copytree(folder(kind), tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: n, "layer_types": None}))
+    before, began = getrusage(RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    refuse(bases.load_base, tmp_path / "base", match="")
+    assert getrusage(RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+    assert time.perf_counter() - began < 20
 
 
 def test_a_model_that_sees_what_comes_is_no_causal_lm(tmp_path):

@@ -69,7 +69,8 @@ def read_config(folder):
     for config in configs:
         configs += [value for value in config.values() if isinstance(value, dict)]
         for key, n in config.items():  # of each one transformers makes Python objects
-            if re.search("layer|expert|block", key) and isinstance(n, (int, float)) and not n <= 4096:
+            counts = re.fullmatch("((n|num)_.*|.*coder_)(layer|expert|block)s?", key)
+            if counts and isinstance(n, (int, float)) and not n <= 4096:
                 raise Error(f"{folder / 'config.json'}: {key} = {n} is more than 4096")
     config = from_folder("AutoConfig", folder)
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
