@@ -21,7 +21,8 @@ hidden number. gelu(a + b) is not gelu(a) + gelu(b), so an all-reduce of 4 n d n
 The bias b is added after g. Before it, it would be added t times.
 
 Attention: q, k and v are column-parallel by heads, so rank i computes H/t heads alone. The output projection is
-row-parallel. GPT-2's c_attn holds q, k and v in one matrix, and each of the three is split. t must divide the heads.
+row-parallel. GPT-2's c_attn holds q, k and v in one matrix, and each of the three is split. t must divide the heads, in
+a Llama with grouped heads those of k and v: a rank has some of them, and all query heads that read these.
 Norms, position embeddings and biases b are replicated: each rank has them whole. All ranks compute the same gradients
 for them, so they stay equal to the bit, without any message.
 
@@ -39,7 +40,7 @@ not summed, the copies would drift apart. So a hook all-reduces them in backward
 
 Traffic: a layer makes 4 all-reduces of n d numbers, one for each f and g of attention and MLP. The embedding and the
 head make one each. For an all-reduce of N numbers a rank sends 2 N (t - 1) / t.
-    GPT-2 small, n = 256: n d = 196,608; 50 all-reduces, 39.3 MB in fp32
+    GPT-2 small, n = 256, t = 2: n d = 196,608; 4 · 12 + 2 = 50 all-reduces, 39.3 MB in fp32
     7B (L = 32, d = 4096), n = 4096, t = 8, 16 bits: 7.6 GB, which take 17 ms at 450 GB/s (NVLink), 0.31 s at 25 GB/s,
     while a rank computes for 51 ms (6 · 6.7e9 · n FLOPs / 8 at 400e12 a second)
 The next product needs the sum, so every rank waits for it. Hence t is at most the GPUs of a node, often 8.
@@ -56,7 +57,8 @@ Pitfalls
 * All ranks of a group need the same batch, random state (shard() takes rank 0's) and calls, or they drift or hang.
 * Clip with clip_grad_norm: it adds the squares of split parameters over ranks, and counts replicated ones once.
 * shard() comes after adapters are added and parameters frozen. Recomputation repeats forward's all-reduces.
-* Dropout of attention weights, as in transformers' GPT-2, has the same masks on all ranks, so heads share them.
+* Dropout of attention weights, as in transformers' GPT-2, draws the same masks on all ranks. So the first head of each
+  rank has the same mask, and so on, where one process draws one for each head.
 Papers: Megatron-LM, arXiv 1909.08053, section 3; sequence parallelism, 2205.05198; 3D parallelism, 2104.04473.
 The whole family in one table: nanopeft/__init__.py
 """
