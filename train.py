@@ -13,8 +13,8 @@
     torchrun --nproc_per_node 2 train.py --tensor 2              ... that split each large matrix
     torchrun --nproc_per_node 2 train.py --pipeline 2 --accumulate 8     ... that hold half of the layers each
 
-A run leaves in out/METHOD/ what was trained, in peft's format (adapter, fusion: in one like it, for peft lacks them;
-full: the whole model), result.json, loss.png (adalora: ranks.svg), and state.safetensors, from which --resume goes on.
+A run leaves in out/METHOD/ what was trained, in peft's format (adapter, fusion, bitfit: in one like it; full: the whole
+model), result.json, loss.png (adalora: ranks.svg), and state.safetensors, from which --resume goes on.
 
 This file is the recipe, read from fine_tune() on: data, base, method, engine, evaluation, loop, evaluation, files,
 report. What it stands on is in nanopeft/trainer/; the methods themselves are in nanopeft/.

@@ -33,13 +33,13 @@ peft's comparison better (47.8 against 37.3, at settings with a small s: see bel
 Pitfalls
 * s = α / r keeps the first r, whatever is pruned. With peft's defaults (α = 8, r = 12) s is 0.67, and at LoRA's
   learning rate that is slow.
-* Call nothing between backward and optimizer.step() that clears gradients: |w dw| is taken right after the step.
+* Clear gradients after optimizer.step(), not before: |w dw| is taken right after the step.
 * The loss that trains has the penalty in it: about γ √r at the start. Do not compare it with LoRA's.
 * Adam's moments of a pruned λ go on: it is set to 0, not stopped.
 
 Compared with related methods: LoRA has one rank, or ranks that you choose (add_lora's `ranks`). The whole family in one
 table: nanopeft/__init__.py.
-Paper: AdaLoRA, arXiv 2303.10512, eq. 3, 4, 8 to 11 and 12.
+Paper: AdaLoRA, arXiv 2303.10512, eq. 3, 4 and 7 to 12.
 """
 
 import re
@@ -119,7 +119,7 @@ class RankBudget:
 
     @torch.no_grad()
     def update(self):
-        """I, U, and now and then λ ← 0."""
+        """I and U of each number, and where the step is one that prunes, λ ← 0 of the least."""
         clock = self.optimizer.state[self.layers[0].lora_E]
         clock["t"] = t = clock.get("t", torch.zeros((), dtype=torch.long)) + 1
         final = self.total - self.end
@@ -131,11 +131,11 @@ class RankBudget:
                 spread.lerp_((worth - mean).abs(), 1 - self.beta)  # U
         if t == final or self.start < t < final and t % self.every == 0:
             n = budget(int(t), self.total, self.start, self.end, self.first, self.last)
-            scores = [self.scores(layer) for layer in self.layers]  # (r,) each
-            kept = torch.zeros(self.first, dtype=torch.bool)
-            kept[torch.cat(scores).topk(n).indices] = True
-            for layer, part in zip(self.layers, kept.split([len(s) for s in scores])):
-                self.optimizer.state[layer.lora_E]["kept"] = part.to(layer.lora_E.device)[:, None]  # (r, 1)
+            scores = torch.cat([self.scores(layer) for layer in self.layers])  # (first,)
+            kept = torch.zeros_like(scores, dtype=torch.bool)
+            kept[scores.topk(n).indices] = True
+            for layer, part in zip(self.layers, kept.split([len(layer.lora_E) for layer in self.layers])):
+                self.optimizer.state[layer.lora_E]["kept"] = part[:, None]  # (r, 1)
         if t >= final or self.start < t and t % self.every == 0:
             for layer in self.layers:
                 layer.lora_E.mul_(self.optimizer.state[layer.lora_E]["kept"])

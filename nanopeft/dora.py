@@ -125,7 +125,7 @@ def add_dora(model, targets="all-linear", *, add=lora.add_lora, **arguments):
         raise Error("init='pissa' starts B away from 0, and DoRA from W's own lengths: take one of them")
     add(model, targets, **arguments)
     for layer in lora.lora_layers(model).values():
-        layer.__class__ = DoRALinear
+        layer.__class__ = DoRALinear  # after add, which may have quantized W: m is of the W that is stored
         layer.start()
     model.lora_config["use_dora"] = True
     return model

@@ -112,7 +112,7 @@ class LoRALinear(nn.Module):
     """A frozen linear layer and its update."""
 
     stored = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}  # {end of peft's name: ours}
-    own = {"base_layer", "lora_A", "lora_B", "dropout", "unmerged_weight"}
+    own = {"base_layer", "lora_A", "lora_B", "dropout", "unmerged_weight"}  # all other names are base_layer's
 
     def __init__(self, base_layer, name, r, alpha, dropout, rslora, init):
         super().__init__()
@@ -147,7 +147,7 @@ class LoRALinear(nn.Module):
         return (W + self.delta()).to(W.dtype) if self.is_active() and not is_packed(W) else W
 
     def factors(self):
-        return self.lora_A, self.lora_B
+        return self.lora_A, self.lora_B  # (r, in), (out, r)
 
     def merge(self):
         """W ← W + ΔW, summed in fp32 and rounded to W's dtype."""

@@ -135,7 +135,7 @@ def add_flags(parser):
     add("--resume", action="store_true", help="go on from the state in the folder of the results, if there is one")
     changed = "go on though the data or the base changed since, with --resume, --from, --generate, --merge or a fusion"
     add("--force", action="store_true", help=changed)
-    add("--merge", metavar="FOLDER", help="do not train: write the base with this LoRA in its weights to --out")
+    add("--merge", metavar="FOLDER", help="do not train: write the base with what this run learned to --out")
     add("--debug", action="store_true", help="show where in the program an error came from")
 
     add = parser.add_argument_group("generation").add_argument

@@ -250,7 +250,7 @@ def find_checkpoint(name_or_dir):
     if not os.path.isfile(folder / "config.json"):  # Path.is_file raises if the name is too long
         if os.path.isfile(folder / "adapter_config.json"):
             base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-            ways = f"--from {folder} goes on with it, and --merge {folder} makes a base of it, if it is a LoRA"
+            ways = f"--from {folder} goes on with it, and --merge {folder} makes a base of it, if it merges"
             raise Error(f"{folder} is an adapter of the base {base!r} and no base itself: {ways}")
         known = ", ".join(HUB)
         forms = f"a folder with config.json and model.safetensors, {known}, or OWNER/MODEL on the Hugging Face hub"

@@ -91,6 +91,7 @@ def pasted(name, folder, batches):
     torch.manual_seed(0)
     ours, rate = add(new_model()), 0.03 if name in ("prefix", "prompt") else 1e-3
     theirs = peft.get_peft_model((to_4bit if name == "qlora" else lambda model: model)(new_model()), their_config)
+    assert state_dict(ours).keys() == peft.get_peft_model_state_dict(theirs).keys()
     peft.set_peft_model_state_dict(theirs, state_dict(ours))
     losses = [train(model.train(), batches, [rate] * len(batches)) for model in (ours, theirs)]
     compare(name, *losses)
