@@ -21,7 +21,7 @@ from nanopeft.trainer.evaluate import mean_loss
 
 def in_groups(params, args):
     """Groups for an optimizer. Decay is for matrices, not for biases, norms and factors; LoRA+ gives B another rate."""
-    groups, plus = {}, getattr(args, "lora_plus", None) or 1
+    groups, plus = {}, 1 if args.lora_plus is None else args.lora_plus
     for name, p in params.items():
         decay = args.weight_decay if p.dim() > 1 and not name.endswith("ia3_l") else 0.0
         groups.setdefault((decay, plus if name.endswith("lora_B") else 1), []).append(p)
