@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+from argparse import Namespace
 from datetime import timedelta
 from pathlib import Path
 from unittest import mock
@@ -820,7 +821,8 @@ def long_norm_of(kind, n):
     if kind == "OneProcess":
         own = engine.OneProcess(model, params, AdamW(params.values(), lr=0.01))
     else:
-        own = engine.FSDP(model, [], torch.float32, 0.0, None, lr=0.01, betas=(0.9, 0.999))
+        args = Namespace(weight_decay=0.0, lora_plus=None)
+        own = engine.FSDP(model, [], torch.float32, args, None, lr=0.01, betas=(0.9, 0.999))
     own.backward(model(grad) / dist.get_world_size())
     norm = own.step(1.0, 1.0)
     m = own.state_dict()["weight"]["m"].flatten()  # 0.1 · clipped gradient
