@@ -8,18 +8,19 @@ import run
 from matplotlib.figure import Figure
 
 BUDGET, BLOCKS = 196_608, range(6)  # r = 8 on all linear layers of the embedded base
-SIZES = {"attn.c_attn": 256 + 768, "attn.c_proj": 512, "mlp.c_fc": 256 + 1024, "mlp.c_proj": 1024 + 256}  # in + out
+# in + out
+SIZES = {"attn.c_attn": 256 + 768, "attn.c_proj": 256 + 256, "mlp.c_fc": 256 + 1024, "mlp.c_proj": 1024 + 256}
 ATTENTION, MLP, ALL = [*SIZES][:2], [*SIZES][2:], [*SIZES]
 
 
-def lora(kinds, blocks=BLOCKS, more=""):
+def lora(kinds, blocks=BLOCKS, embedding=False):
     """Flags that put LoRA on these layers of these blocks, with the rank that makes up the budget."""
-    targets = [f"h.{block}.{kind}" for block in blocks for kind in kinds]
-    rank = round(BUDGET / sum(SIZES[kind] for kind in kinds) / len(blocks))
-    return f"--rank {min(rank, 256)} --alpha {2 * min(rank, 256)} --targets {','.join(targets)}{more}"
+    targets = [f"h.{block}.{kind}" for block in blocks for kind in kinds] + ["wte"] * embedding
+    rank = round(BUDGET / (sum(SIZES[kind] for kind in kinds) * len(blocks) + (3072 + 256) * embedding))
+    return f"--rank {rank} --alpha {2 * rank} --targets {','.join(targets)}"
 
 
-SETTINGS = {"all linear": lora(ALL), "all, embedding too": lora(ALL, more=",wte"), "attention": lora(ATTENTION),
+SETTINGS = {"all linear": lora(ALL), "all, embedding too": lora(ALL, embedding=True), "attention": lora(ATTENTION),
             "c_attn (q, k, v)": lora(["attn.c_attn"]), "MLP": lora(MLP), "lower half": lora(ALL, range(3)),
             "upper half": lora(ALL, range(3, 6))}  # fmt: skip
 SETTINGS |= {f"block {block} alone": lora(ALL, [block]) for block in BLOCKS}
