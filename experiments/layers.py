@@ -28,13 +28,7 @@ SETTINGS |= {f"block {block} alone": lora(ALL, [block]) for block in BLOCKS}
 
 def draw(found):
     figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for y, values in enumerate(found.values()):
-        loss, error = run.mean(values["loss_after"])
-        axes.errorbar(loss, y, xerr=error, fmt="o", color="tab:blue", capsize=3)
-    axes.set(yticks=range(len(found)), yticklabels=found, xlabel="loss, nats per token, mean and its standard error")
-    axes.invert_yaxis()
-    axes.grid(alpha=0.3)
+    run.dots(figure.subplots(), found)
     run.save(figure, "layers")
 
 

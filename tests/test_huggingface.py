@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+import tracemalloc
 import types
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
@@ -706,6 +707,22 @@ def test_methods_on_a_llama(folder, monkeypatch, tmp_path, talks, method, precis
 
 
 # ------------------------------------------------------------------------------------------------- files from strangers
+
+
+def test_a_high_token_number_takes_no_memory(folder, tmp_path):
+    """A tokenizer.json may give a token any number: no list as long as that is made of it."""
+    shutil.copytree(folder("llama"), base := tmp_path / "base")
+    new_tokenizer("bytes", CHAT).save_pretrained(base)
+    stored = json.loads((base / "tokenizer.json").read_text("utf-8"))
+    stored["model"]["vocab"]["P"] = 10**8
+    (base / "tokenizer.json").write_text(json.dumps(stored), "utf-8")
+    tracemalloc.start()
+    encoding = bases.load_tokenizer(str(base))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert encoding.decode(encoding.encode_ordinary("aP")) == "aP"
+    assert peak < 100e6  # a list of pointers alone would take 800e6
+    refuse(methods.load, str(base), torch.float32, torch.device("cpu"), match="tokenizer of 100000001 tokens")
 
 
 @pytest.mark.filterwarnings("ignore")

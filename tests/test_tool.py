@@ -184,7 +184,7 @@ def test_an_epoch_has_every_example_once(monkeypatch, files, tmp_path, flags, n)
 # ----------------------------------------------------------------------------------------------------------- the way on
 
 
-KINDS = ["lora --rank 3", "qlora", "adapter --reduction 4", "prefix --hidden 8", "prompt", "ptuning"]
+KINDS = ["lora --ranks mlp.*=3,attn.*=5", "qlora", "adapter --reduction 4", "prefix --hidden 8", "prompt", "ptuning"]
 KINDS += ["lora --init pissa", "dora", "adalora", "ia3", "bitfit"]
 
 

@@ -70,6 +70,10 @@ MODES = {  # what train.py does instead of training, and the flags for it
 }
 
 
+def ranks(text):
+    return {name: int(rank) for name, _, rank in (item.rpartition("=") for item in text.split(","))}
+
+
 def add_flags(parser):
     def default(method, option):
         return f"({METHODS[method].defaults[option]})"
@@ -81,11 +85,13 @@ def add_flags(parser):
     names = "nano, scratch (nano untrained), a folder, gpt2, or a causal LM of the Hugging Face hub by its name"
     add("--base", default="nano", help=f"{names} (nano)")
     add("--from", dest="start", metavar="FOLDER", help="start from the adapter that an earlier run left")
-    ranks = f"rank r of the update {default('lora', 'rank')}; adalora: at the start {default('adalora', 'rank')}"
-    add("--rank", type=int, help=f"lora, qlora, dora: {ranks}")
+    start = f"rank r of the update {default('lora', 'rank')}; adalora: at the start {default('adalora', 'rank')}"
+    add("--rank", type=int, help=f"lora, qlora, dora: {start}")
     add("--alpha", type=float, help=f"... and adalora: the update is scaled by alpha / r {default('lora', 'alpha')}")
     names = f"... and adalora: ends of layer names, with commas between {default('lora', 'targets')}"
     add("--targets", type=lambda text: text if text == "all-linear" else text.split(","), help=names)
+    others = "lora, qlora, dora: other ranks, by a regular expression for the end of a name: mlp.*=16,h.5.*=4"
+    add("--ranks", type=ranks, metavar="NAME=R,...", help=f"{others} (none)")
     add("--quant", choices=["nf4", "int8"], help=f"qlora: how the base is stored {default('qlora', 'quant')}")
     where = "houlsby, in both sublayers, or pfeiffer, at the block"
     add("--placement", choices=["houlsby", "pfeiffer"], help=f"adapter: {where} {default('adapter', 'placement')}")

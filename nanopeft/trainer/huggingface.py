@@ -218,16 +218,16 @@ class Tokenizer:
 
     @functools.cached_property
     def pieces(self):
-        """The bytes of each token; special tokens have none."""
-        tokens = [token or "" for token in self.inner.convert_ids_to_tokens([*range(self.n_vocab)])]
+        """{id: bytes} of each token; special tokens have none."""
+        tokens = {i: token for token, i in self.inner.get_vocab().items()}
         has_bytes = "".join(tokens[i] for i in self.encode_ordinary("é")).endswith("Ã©")  # é in byte_alphabet
-        pieces = [token_bytes(token, has_bytes) for token in tokens]
+        pieces = {i: token_bytes(token, has_bytes) for i, token in tokens.items()}
         for i, token in self.inner.added_tokens_decoder.items():
             pieces[i] = b"" if token.special else token.content.encode()
         return pieces
 
     def decode_tokens_bytes(self, ids):
-        parts = [self.pieces[i] for i in ids]
+        parts = [self.pieces.get(i, b"") for i in ids]  # a model may have more rows than there are tokens
         for k in range(len(ids)):
             if self.adds_space and (k == 0 or ids[k - 1] in self.special):  # a text starts here
                 parts[k] = parts[k].removeprefix(b" ")

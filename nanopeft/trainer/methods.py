@@ -35,8 +35,8 @@ class Method(NamedTuple):
 
 
 def lora_settings(args, *_):
-    start = {"init": args.init} if args.init else {}  # lora has it alone
-    return {"targets": args.targets, "r": args.rank, "alpha": args.alpha} | start
+    own = {name: getattr(args, name) for name in ("init", "ranks") if getattr(args, name)}  # not of all its kin
+    return {"targets": args.targets, "r": args.rank, "alpha": args.alpha} | own
 
 
 def fusion_settings(args, encoding, train, model):
@@ -66,21 +66,21 @@ def prune(model, optimizer, args):
         adalora.RankBudget(model, optimizer, args.steps, args.target_rank)
 
 
-LORA = {"lr": 5e-3, "rank": 8, "alpha": 16.0, "targets": "all-linear"}
+LORA = {"lr": 5e-3, "rank": 8, "alpha": 16.0, "targets": "all-linear", "ranks": None, "lora_plus": None}
 LORA_FILES = (lora.lora_state_dict, lora.lora_config, lora.load_lora_state_dict)
 METHODS = {
     "full": Method({"lr": 1e-3}),
     "lora": Method(
-        LORA | {"init": "kaiming", "lora_plus": None}, lora.add_lora, lora_settings, ("LORA",),
-        peft_config.lora_arguments, *LORA_FILES,
+        LORA | {"init": "kaiming"}, lora.add_lora, lora_settings, ("LORA",), peft_config.lora_arguments, *LORA_FILES,
     ),
     "qlora": Method(
-        LORA | {"quant": "nf4", "lora_plus": None}, qlora.add_qlora,
+        LORA | {"quant": "nf4"}, qlora.add_qlora,
         lambda args, *_: lora_settings(args) | {"quant_type": args.quant}, (), None, *LORA_FILES,
     ),
-    "dora": Method(LORA | {"lora_plus": None}, dora.add_dora, lora_settings, (), None, *LORA_FILES),
+    "dora": Method(LORA, dora.add_dora, lora_settings, (), None, *LORA_FILES),
     "adalora": Method(
-        LORA | {"rank": 12, "target_rank": 8}, adalora.add_adalora, lora_settings, ("ADALORA",),
+        {"lr": 5e-3, "rank": 12, "alpha": 16.0, "targets": "all-linear", "target_rank": 8},
+        adalora.add_adalora, lora_settings, ("ADALORA",),
         peft_config.adalora_arguments,
         adalora.adalora_state_dict, adalora.adalora_config, adalora.load_adalora_state_dict,
         penalty=adalora.orthogonality, attach=prune,
@@ -184,9 +184,10 @@ def add(model, args, encoding, train):
     if args.start is not None:
         model = Adapter(args.start).put_on(model, args.base, args.force)
     else:
-        if "rank" in method.defaults and args.rank > bases.width(model):
+        rank = max([args.rank, *(args.ranks or {}).values()]) if "rank" in method.defaults else 0
+        if rank > bases.width(model):
             width = f"the model's width, {bases.width(model)}"
-            raise Error(f"--rank {args.rank} is above {width}: no update has a rank above it")
+            raise Error(f"a rank of {rank} is above {width}: no update has a rank above it")
         model = method.add(model, **method.settings(args, encoding, train, model))
     if not any(p.numel() for p in model.parameters() if p.requires_grad):
         raise Error(f"--template {args.template!r} has no [P], so there is nothing to train")

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: MIT
+"""Does LoRA suffer more from large batches? 3,200 rows in batches of 4, 16 and 64, each at its best learning rate.
+
+    python experiments/batch_size.py        some 45 minutes on two cores; the same command goes on after a stop
+"""
+
+import run
+from matplotlib.figure import Figure
+
+BATCHES, ROWS = (4, 16, 64), 3200
+RATES = {"full": (1e-4, 3e-4, 1e-3), "lora": (1e-3, 3e-3, 1e-2)}  # times √(batch / 4), as is usual for Adam
+SETTINGS = {
+    f"{method}, batch {batch}, lr {rate:g} x {(batch / 4) ** 0.5:g}":
+        f"--method {method} --batch {batch} --steps {ROWS // batch} --lr {rate * (batch / 4) ** 0.5:g}"
+    for method in RATES for batch in BATCHES for rate in RATES[method]
+}  # fmt: skip
+
+
+def best(found, method, batch):
+    """The setting whose mean loss is lowest."""
+    fitting = [values for name, values in found.items() if name.startswith(f"{method}, batch {batch},")]
+    return min(fitting, key=lambda values: run.mean(values["loss_after"]))
+
+
+def draw(found):
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for method in RATES:
+        run.curve(axes, BATCHES, [best(found, method, batch) for batch in BATCHES], label=method)
+    axes.set(xscale="log", xticks=BATCHES, xticklabels=BATCHES, xlabel="batch size")
+    run.save(figure, "batch_size")
+
+
+if __name__ == "__main__":
+    found = run.run("batch_size", SETTINGS, "--precision bf16")
+    print(run.table(found))
+    draw(found)

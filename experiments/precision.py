@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: MIT
+"""QLoRA's numbers: what is lost when the base is kept in fewer bits, and when the update is merged into it?
+
+    python experiments/precision.py     some 30 minutes on two cores; the same command goes on after a stop
+"""
+
+import json
+import shutil
+
+import run
+from matplotlib.figure import Figure
+
+SETTINGS = {"fp32": "--precision fp32", "bf16": "--precision bf16", "int8": "--method qlora --quant int8",
+            "NF4": "--method qlora --quant nf4"}  # fmt: skip
+PLACES = {"loss_after": "beside its base", "loss_fp32": "merged into fp32", "loss_bf16": "merged into bf16",
+          "loss_int8": "... fp32, and that to int8", "loss_NF4": "... fp32, and that to NF4",
+          "loss_original": "merged into the fp32 base"}  # fmt: skip
+
+
+def evaluate(base, folder, flags=""):
+    return run.call([*flags.split(), "--base", base, "--steps", 0, "--remember", "library"], folder)["loss_after"]
+
+
+def merged(folder):
+    """{"loss_" and where the update is: loss}, all computed in fp32."""
+    alone = folder / "adapter"  # what other tools read: they do not know of base_quantization
+    alone.mkdir(exist_ok=True)
+    shutil.copy(folder / "adapter_model.safetensors", alone)
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    config.pop("base_quantization", None)
+    (alone / "adapter_config.json").write_text(json.dumps(config))
+    for place, adapter, precision in (("fp32", folder, "fp32"), ("bf16", folder, "bf16"), ("original", alone, "fp32")):
+        run.call(["--merge", adapter, "--precision", precision], folder / place, "config.json")
+    found = {place: evaluate(folder / place, folder / f"{place} evaluated") for place in ("fp32", "bf16", "original")}
+    for kind in ("int8", "NF4"):
+        found[kind] = evaluate(folder / "fp32", folder / f"{kind} evaluated", SETTINGS[kind])
+    return {f"loss_{place}": loss for place, loss in found.items()}
+
+
+def draw(found):
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for key, label in PLACES.items():
+        run.curve(axes, range(len(found)), found.values(), key, label=label, linestyle="none")
+    axes.set(xticks=range(len(found)), xticklabels=found, xlabel="the base in training")
+    run.save(figure, "precision")
+
+
+if __name__ == "__main__":
+    found = run.run("precision", SETTINGS, "--steps 150", after=merged)
+    for key, label in PLACES.items():
+        print(f"{label}\n\n{run.table(found, key)}\n")
+    draw(found)

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: MIT
+"""Virtual tokens: how many, from which start, where, at which rate? Which package does a function come from?
+
+    python experiments/prompts.py       some 50 minutes on two cores; the same command goes on after a stop
+"""
+
+import run
+from matplotlib.figure import Figure
+
+SETTINGS = {f"prompt, {n} tokens": f"--method prompt --tokens {n}" for n in (5, 20, 50)}
+SETTINGS |= {f"prompt, from {init}": f"--method prompt --init {init}" for init in ("random", "labels")}
+SETTINGS |= {f"prompt, lr {rate:g}": f"--method prompt --lr {rate:g}" for rate in (0.01, 0.03, 0.3)}
+SETTINGS |= {f"P-tuning, {encoder}": f"--method ptuning --encoder {encoder}" for encoder in ("lstm", "mlp")}
+SETTINGS |= {f"P-tuning, lr {rate:g}": f"--method ptuning --lr {rate:g}" for rate in (1e-3, 1e-2)}
+P = "[P]" * 20
+PLACES = {"behind": "{source}" + P, "around": f"{P[:30]}{{source}}{P[:30]}"}
+SETTINGS |= {f"P-tuning, {place}": f"--method ptuning --template {t}" for place, t in PLACES.items()}
+SETTINGS |= {f"prefix, {n} tokens": f"--method prefix --tokens {n}" for n in (5, 20, 50)}
+
+
+def draw(found):
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    run.dots(figure.subplots(), found, "accuracy_after")
+    run.save(figure, "prompts")
+
+
+if __name__ == "__main__":
+    found = run.run("prompts", SETTINGS, "--data modules --precision bf16 --steps 100 --valid-tokens 65536")
+    print(run.table(found, "accuracy_after"))
+    draw(found)
