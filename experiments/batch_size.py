@@ -22,6 +22,11 @@ def best(found, method, batch):
     return min(fitting, key=lambda values: run.mean(values["loss_after"]))
 
 
+def tables(found):
+    rows = [[method, *(run.shown(best(found, method, batch)) for batch in BATCHES)] for method in RATES]
+    return run.table(["best loss", *(f"batch {batch}" for batch in BATCHES)], rows)
+
+
 def draw(found):
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -33,5 +38,5 @@ def draw(found):
 
 if __name__ == "__main__":
     found = run.run("batch_size", SETTINGS, "--precision bf16")
-    print(run.table(found))
+    print(tables(found))
     draw(found)

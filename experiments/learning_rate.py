@@ -21,6 +21,13 @@ SETTINGS = {
 }
 
 
+def tables(found):
+    rates = sorted({rate for some in RATES.values() for rate in some})
+    rows = [[name, *(run.shown(found[key]) if (key := f"{name}, lr {rate}") in found else "" for rate in rates)]
+            for name in CURVES]  # fmt: skip
+    return run.table(["loss, nats per token", *(f"lr {rate}" for rate in rates)], rows)
+
+
 def draw(found):
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
@@ -33,5 +40,5 @@ def draw(found):
 
 if __name__ == "__main__":
     found = run.run("learning_rate", SETTINGS, "--precision bf16 --steps 100")
-    print(run.table(found))
+    print(tables(found))
     draw(found)

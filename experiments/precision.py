@@ -37,6 +37,11 @@ def merged(folder):
     return {f"loss_{place}": loss for place, loss in found.items()}
 
 
+def tables(found):
+    rows = [[label, *(run.shown(values, key) for values in found.values())] for key, label in PLACES.items()]
+    return run.table(["the update is", *(f"trained over {name}" for name in found)], rows)
+
+
 def draw(found):
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -48,6 +53,5 @@ def draw(found):
 
 if __name__ == "__main__":
     found = run.run("precision", SETTINGS, "--steps 150", after=merged)
-    for key, label in PLACES.items():
-        print(f"{label}\n\n{run.table(found, key)}\n")
+    print(tables(found))
     draw(found)
