@@ -33,10 +33,10 @@ def draw(found):
     for method in RATES:
         run.curve(axes, BATCHES, [best(found, method, batch) for batch in BATCHES], label=method)
     axes.set(xscale="log", xticks=BATCHES, xticklabels=BATCHES, xlabel="batch size")
-    run.save(figure, "batch_size")
+    return figure
 
 
 if __name__ == "__main__":
     found = run.run("batch_size", SETTINGS, "--precision bf16")
     print(tables(found))
-    draw(found)
+    run.save(draw(found), "batch_size")

@@ -48,11 +48,11 @@ def draw(found):
         for key in [key for key in KINDS if name in key]:
             run.curve(axes, RANKS, [found[f"{key}, r = {r}"] for r in RANKS], "fall", label=key)
         axes.set(xscale="log", yscale="log", xticks=RANKS, xticklabels=RANKS, xlabel="rank")
-    run.save(figure, "first_steps")
+    return figure
 
 
 if __name__ == "__main__":
     found = {f"{key}, r = {r}": {"fall": [fall(key, r, seed) for seed in range(3)]} for key in KINDS for r in RANKS}
     run.store("first_steps", found)
     print(tables(found))
-    draw(found)
+    run.save(draw(found), "first_steps")

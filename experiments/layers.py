@@ -33,10 +33,10 @@ def tables(found):
 def draw(found):
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     run.dots(figure.subplots(), found)
-    run.save(figure, "layers")
+    return figure
 
 
 if __name__ == "__main__":
     found = run.run("layers", SETTINGS, "--method lora --precision bf16 --steps 200")
     print(tables(found))
-    draw(found)
+    run.save(draw(found), "layers")

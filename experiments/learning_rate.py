@@ -35,10 +35,10 @@ def draw(found):
         rates = RATES[name.split()[0]]
         run.curve(axes, rates, [found[f"{name}, lr {rate}"] for rate in rates], label=name)
     axes.set(xscale="log", xlabel="learning rate")
-    run.save(figure, "learning_rate")
+    return figure
 
 
 if __name__ == "__main__":
     found = run.run("learning_rate", SETTINGS, "--precision bf16 --steps 100")
     print(tables(found))
-    draw(found)
+    run.save(draw(found), "learning_rate")

@@ -48,10 +48,10 @@ def draw(found):
     for key, label in PLACES.items():
         run.curve(axes, range(len(found)), found.values(), key, label=label, linestyle="none")
     axes.set(xticks=range(len(found)), xticklabels=found, xlabel="the base in training")
-    run.save(figure, "precision")
+    return figure
 
 
 if __name__ == "__main__":
     found = run.run("precision", SETTINGS, "--steps 150", after=merged)
     print(tables(found))
-    draw(found)
+    run.save(draw(found), "precision")

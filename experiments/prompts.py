@@ -25,10 +25,10 @@ def tables(found):
 def draw(found):
     figure = Figure(figsize=(7, 6), layout="constrained")
     run.dots(figure.subplots(), found, "accuracy_after")
-    run.save(figure, "prompts")
+    return figure
 
 
 if __name__ == "__main__":
     found = run.run("prompts", SETTINGS, "--data modules --precision bf16 --steps 100 --valid-tokens 65536")
     print(tables(found))
-    draw(found)
+    run.save(draw(found), "prompts")

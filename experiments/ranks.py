@@ -45,7 +45,7 @@ def draw(found):
         run.curve(left, RANKS, [found[f"r = {r}, {n} rows"] for r in RANKS], label=f"{n} rows")
     left.set(xscale="log", xticks=RANKS, xticklabels=RANKS, xlabel="rank")
     run.dots(right, {name: found[name] for name in EQUAL})
-    run.save(figure, "ranks")
+    return figure
 
 
 if __name__ == "__main__":
@@ -56,4 +56,4 @@ if __name__ == "__main__":
         settings |= {f"r = {r}, {n} rows": f"--data {data} {valid} --rank {r}" for r in RANKS}
     found = run.run("ranks", settings, "--precision bf16 --steps 150")
     print(tables(found))
-    draw(found)
+    run.save(draw(found), "ranks")

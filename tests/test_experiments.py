@@ -47,10 +47,9 @@ def test_runs_are_those_of_the_script(experiment, name):
 
 
 @pytest.mark.parametrize("name", DONE)
-def test_the_picture_is_drawn(experiment, name, monkeypatch):
+def test_the_picture_is_drawn(experiment, name):
     """Each experiment draws a figure from what came out alone."""
     script, found, _ = experiment(name)
-    drawn = []
-    monkeypatch.setattr(script.run, "save", lambda figure, name: drawn.append(name))
-    script.draw(found)
-    assert drawn == [name] and (ROOT / "docs" / "experiments" / f"{name}.png").exists()
+    drawn = script.draw(found)
+    assert sum(len(axes.lines) + len(axes.collections) for axes in drawn.axes) > 0
+    assert (ROOT / "docs" / "experiments" / f"{name}.png").exists()
