@@ -22,16 +22,21 @@ def best(found, method, batch):
     return min(fitting, key=lambda values: run.mean(values["loss_after"]))
 
 
+def tables(found):
+    rows = [[method, *(run.shown(best(found, method, batch)) for batch in BATCHES)] for method in RATES]
+    return run.table(["best loss", *(f"batch {batch}" for batch in BATCHES)], rows)
+
+
 def draw(found):
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for method in RATES:
         run.curve(axes, BATCHES, [best(found, method, batch) for batch in BATCHES], label=method)
     axes.set(xscale="log", xticks=BATCHES, xticklabels=BATCHES, xlabel="batch size")
-    run.save(figure, "batch_size")
+    return figure
 
 
 if __name__ == "__main__":
     found = run.run("batch_size", SETTINGS, "--precision bf16")
-    print(run.table(found))
-    draw(found)
+    print(tables(found))
+    run.save(draw(found), "batch_size")

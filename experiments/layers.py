@@ -26,13 +26,17 @@ SETTINGS = {"all linear": lora(ALL), "all, embedding too": lora(ALL, embedding=T
 SETTINGS |= {f"block {block} alone": lora(ALL, [block]) for block in BLOCKS}
 
 
+def tables(found):
+    return run.settings_table(found)
+
+
 def draw(found):
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     run.dots(figure.subplots(), found)
-    run.save(figure, "layers")
+    return figure
 
 
 if __name__ == "__main__":
     found = run.run("layers", SETTINGS, "--method lora --precision bf16 --steps 200")
-    print(run.table(found))
-    draw(found)
+    print(tables(found))
+    run.save(draw(found), "layers")

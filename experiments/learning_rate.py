@@ -21,6 +21,13 @@ SETTINGS = {
 }
 
 
+def tables(found):
+    rates = sorted({rate for some in RATES.values() for rate in some})
+    rows = [[name, *(run.shown(found[key]) if (key := f"{name}, lr {rate}") in found else "" for rate in rates)]
+            for name in CURVES]  # fmt: skip
+    return run.table(["loss, nats per token", *(f"lr {rate}" for rate in rates)], rows)
+
+
 def draw(found):
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
@@ -28,10 +35,10 @@ def draw(found):
         rates = RATES[name.split()[0]]
         run.curve(axes, rates, [found[f"{name}, lr {rate}"] for rate in rates], label=name)
     axes.set(xscale="log", xlabel="learning rate")
-    run.save(figure, "learning_rate")
+    return figure
 
 
 if __name__ == "__main__":
     found = run.run("learning_rate", SETTINGS, "--precision bf16 --steps 100")
-    print(run.table(found))
-    draw(found)
+    print(tables(found))
+    run.save(draw(found), "learning_rate")

@@ -37,17 +37,21 @@ def merged(folder):
     return {f"loss_{place}": loss for place, loss in found.items()}
 
 
+def tables(found):
+    rows = [[label, *(run.shown(values, key) for values in found.values())] for key, label in PLACES.items()]
+    return run.table(["the update is", *(f"trained over {name}" for name in found)], rows)
+
+
 def draw(found):
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for key, label in PLACES.items():
         run.curve(axes, range(len(found)), found.values(), key, label=label, linestyle="none")
     axes.set(xticks=range(len(found)), xticklabels=found, xlabel="the base in training")
-    run.save(figure, "precision")
+    return figure
 
 
 if __name__ == "__main__":
     found = run.run("precision", SETTINGS, "--steps 150", after=merged)
-    for key, label in PLACES.items():
-        print(f"{label}\n\n{run.table(found, key)}\n")
-    draw(found)
+    print(tables(found))
+    run.save(draw(found), "precision")

@@ -18,13 +18,17 @@ SETTINGS |= {f"P-tuning, {place}": f"--method ptuning --template {t}" for place,
 SETTINGS |= {f"prefix, {n} tokens": f"--method prefix --tokens {n}" for n in (5, 20, 50)}
 
 
+def tables(found):
+    return run.settings_table(found, "accuracy_after")
+
+
 def draw(found):
     figure = Figure(figsize=(7, 6), layout="constrained")
     run.dots(figure.subplots(), found, "accuracy_after")
-    run.save(figure, "prompts")
+    return figure
 
 
 if __name__ == "__main__":
     found = run.run("prompts", SETTINGS, "--data modules --precision bf16 --steps 100 --valid-tokens 65536")
-    print(run.table(found, "accuracy_after"))
-    draw(found)
+    print(tables(found))
+    run.save(draw(found), "prompts")

@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from nanopeft.trainer import bases, tasks
 
 RANKS, ROWS = (1, 4, 16, 64, 256), (100, 300, 873)  # rows of 128 tokens; 873 are all of the language reference
-EQUAL = {  # 196,608 trained numbers each
-    "r = 8 everywhere": "",
+EQUAL = {"r = 8 everywhere": ""} | {  # 196,608 trained numbers each
     "MLP 11, attention 3": "--ranks mlp.*=11,attn.*=3",
     "MLP 5, attention 13": "--ranks mlp.*=5,attn.*=13",
     "upper half 12, lower 4": "--ranks h.[345].*=12,h.[012].*=4",
@@ -24,14 +23,19 @@ EQUAL = {  # 196,608 trained numbers each
 
 def save_texts(name, texts, n=1 << 60):
     """A file with the first n tokens of some texts."""
-    encoding, lines = bases.load_tokenizer("nano"), []
+    encoding, path, lines = bases.load_tokenizer("nano"), run.OUT / name, []
     for ids in map(encoding.encode_ordinary, texts):
-        if n > 0:
-            lines.append(json.dumps({"text": encoding.decode(ids[:n])}))
+        lines += [json.dumps({"text": encoding.decode(ids[:n])})] * (n > 0)
         n -= len(ids) + 1  # and end-of-text
-    run.OUT.mkdir(parents=True, exist_ok=True)
-    (run.OUT / name).write_text("\n".join(lines))
-    return (run.OUT / name).relative_to(run.ROOT)  # as train.py is called there
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines), "utf-8")
+    return path.relative_to(run.ROOT)  # where train.py is called
+
+
+def tables(found):
+    rows = [[f"{n} rows", *(run.shown(found[f"r = {r}, {n} rows"]) for r in RANKS)] for n in ROWS]
+    equal = run.settings_table({name: found[name] for name in EQUAL})
+    return run.table(["loss", *(f"r = {r}" for r in RANKS)], rows) + "\n\n" + equal
 
 
 def draw(found):
@@ -41,15 +45,15 @@ def draw(found):
         run.curve(left, RANKS, [found[f"r = {r}, {n} rows"] for r in RANKS], label=f"{n} rows")
     left.set(xscale="log", xticks=RANKS, xticklabels=RANKS, xlabel="rank")
     run.dots(right, {name: found[name] for name in EQUAL})
-    run.save(figure, "ranks")
+    return figure
 
 
 if __name__ == "__main__":
     train, valid = tasks.reference()
-    settings, valid = dict(EQUAL), save_texts("valid.jsonl", valid)
+    settings, valid = dict(EQUAL), f"--valid {save_texts('valid.jsonl', valid)} --length 128"
     for n in ROWS:
-        data = f"--data {save_texts(f'{n}.jsonl', train, 128 * n)} --valid {valid} --length 128"
-        settings |= {f"r = {r}, {n} rows": f"{data} --rank {r}" for r in RANKS}
+        data = save_texts(f"{n}.jsonl", train, 128 * n)
+        settings |= {f"r = {r}, {n} rows": f"--data {data} {valid} --rank {r}" for r in RANKS}
     found = run.run("ranks", settings, "--precision bf16 --steps 150")
-    print(run.table(found))
-    draw(found)
+    print(tables(found))
+    run.save(draw(found), "ranks")

@@ -2,7 +2,8 @@
 """What the experiments share: train.py once for each setting and seed, several side by side on one thread each.
 
 A run that has ended is not run again, and one that was stopped goes on: the same command resumes an experiment. What
-came out stands in docs/experiments/NAME.json, with the flags of each setting; its figure is drawn from that file.
+came out stands in docs/experiments/NAME.json, with the flags of each setting. Its figure is drawn from that file, and
+its tables in docs/results.md are what `tables` of its script makes of it.
 """
 
 import json
@@ -19,7 +20,8 @@ ROOT = Path(__file__).parent.parent
 OUT = ROOT / "out" / "experiments"
 KEPT = ("trained_parameters", "loss_before", "loss_after", "known_loss_before", "known_loss_after", "best_step",
         "accuracy_after")  # fmt: skip
-UNITS = {"loss_after": "loss, nats per token", "accuracy_after": "right answers", "fall": "nats per token"}
+UNITS = {"loss_after": "loss, nats per token", "accuracy_after": "right answers",
+         "fall": "fall of the loss, nats per token"}  # fmt: skip
 
 
 def call(flags, folder, made="result.json"):
@@ -66,14 +68,24 @@ def mean(values):
     return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
 
 
-def table(found, key="loss_after"):
-    """Lines of Markdown: each setting's mean and standard error."""
-    lines = ["| setting | trained | loss | forgotten |", "|---|---|---|---|"]
-    for setting, values in found.items():
-        forgotten = [after - before for before, after in zip(values["known_loss_before"], values["known_loss_after"])]
-        shown = ["{:.3f} ± {:.3f}".format(*mean(column)) for column in (values[key], forgotten)]
-        lines.append(f"| {setting} | {values['trained_parameters'][0]:,} | {' | '.join(shown)} |")
-    return "\n".join(lines)
+def shown(values, key="loss_after"):
+    """Mean ± standard error. forgotten: by how much the loss on the base's old text has risen."""
+    if key == "forgotten":
+        before, after = values["known_loss_before"], values["known_loss_after"]
+        return "{:.3f} ± {:.3f}".format(*mean([y - x for x, y in zip(before, after)]))
+    return "{:.3f} ± {:.3f}".format(*mean(values[key]))
+
+
+def table(header, rows):
+    """Lines of Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def settings_table(found, key="loss_after"):
+    """A line for each setting."""
+    rows = [[name, f"{values['trained_parameters'][0]:,}", shown(values, key), shown(values, "forgotten")]
+            for name, values in found.items()]  # fmt: skip
+    return table(["setting", "trained", UNITS[key], "forgotten"], rows)
 
 
 def curve(axes, xs, settings, key="loss_after", **style):
@@ -96,5 +108,6 @@ def dots(axes, found, key="loss_after"):
 
 
 def save(figure, name):
+    """Writes the experiment's picture."""
     figure.savefig(ROOT / "docs" / "experiments" / f"{name}.png", dpi=110)
     print(f"docs/experiments/{name}.json, docs/experiments/{name}.png")

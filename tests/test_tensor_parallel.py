@@ -387,7 +387,8 @@ SHAPES = st.fixed_dictionaries(dict(
     t=st.integers(1, 4), n_head=st.integers(1, 8), h=st.integers(1, 5), V=st.integers(1, 23), T=st.integers(2, 7),
     L=st.integers(1, 3), rows=st.integers(1, 3), kind=st.sampled_from(["full", "lora"]),
     targets=st.sampled_from(["all-linear", ("c_attn",), ("c_proj",), ("c_fc", "attn.c_proj")]),
-))  # fmt: skip
+)).filter(lambda shape: shape["n_head"] * shape["h"] >= 4)  # fmt: skip
+# (a norm divides by the deviation of its row, and of two or three numbers that are nearly alike it is nearly 0)
 
 
 def any_shape(ranks, t, **shape):
