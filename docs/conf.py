@@ -9,6 +9,7 @@ from pathlib import Path
 import math_core
 from docutils import nodes
 from docutils.parsers.rst import Directive, directives
+from docutils.statemachine import StringList
 from sphinx.directives.code import LiteralInclude
 from sphinx.errors import ExtensionError
 from sphinx.search import SearchLanguage
@@ -56,7 +57,7 @@ def names(env):
 class Run(Directive):
     """```{run}``` runs its lines and shows them with what they print; {n}`x` in the text shows the value of x."""
 
-    has_content, option_spec = True, {"hidden": directives.flag}
+    has_content, option_spec = True, {"hidden": directives.flag, "table": directives.flag}
 
     def run(self):
         code, printed = "\n".join(self.content), io.StringIO()
@@ -65,6 +66,9 @@ class Run(Directive):
             exec(compile(code, f"{env.docname}, line {self.lineno}", "exec"), names(env))
         if "hidden" in self.options:
             return []
+        if "table" in self.options:  # what it prints is Markdown
+            self.state.nested_parse(StringList(printed.getvalue().splitlines()), 0, table := nodes.container())
+            return [table]
         shown = [nodes.literal_block(code, code, language="python")]
         if text := printed.getvalue():
             shown.append(nodes.literal_block(text, text, language="text", classes=["printed"]))
