@@ -6,6 +6,7 @@ Nothing in a figure is in words, so that it serves both languages: symbols, numb
 """
 
 import importlib
+import json
 import pkgutil
 from pathlib import Path
 
@@ -53,4 +54,11 @@ def draw_all(folder):
             path = folder / f"{draw.__name__}.svg"
             if callable(draw) and draw.__name__[0] != "_" and (not path.exists() or path.stat().st_mtime < changed):
                 torch.manual_seed(0)
-                draw().savefig(path, metadata={"Date": None}, transparent=True)
+                figure = draw()
+                figure.savefig(path, metadata={"Date": None}, transparent=True)
+                path.with_suffix(".json").write_text(json.dumps(getattr(figure, "numbers", {})))
+
+
+def numbers(name):
+    """What a figure's function put into figure.numbers, for the text beside it."""
+    return json.loads((ROOT / "docs" / "made" / "figures" / f"{name}.json").read_text())
