@@ -106,3 +106,15 @@ print(*{{name.partition(".")[0] for name in set(sys.modules) - before}})
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     found = set(done.stdout.split())
     assert "nanopeft" in found and found <= {"nanopeft", "torch", *sys.stdlib_module_names}
+
+
+def test_the_chinese_readme_says_the_same():
+    """Code, but for its comments, and links are those of README.md; each links to the other."""
+    texts = [(ROOT / name).read_text("utf-8") for name in ("README.md", "README.zh.md")]
+    code, links = [], []
+    for text in texts:
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
+        code.append([(kind, re.sub(r"#.*", "", block).split()) for kind, block in blocks])
+        links.append(sorted(re.findall(r"\]\((.*?)\)", re.sub(r"README(.zh)?.md", "README", text))))
+    assert code[0] == code[1] and len(code[0]) > 10
+    assert links[0] == links[1]
