@@ -14,7 +14,7 @@ TEXT = "def add(a, b):\n    return a + b\n"
 
 def gpt_attention():
     """Attention of two heads of the embedded GPT's third layer over a few tokens: the causal mask is the empty half."""
-    figure, axes = new(width=7.5, height=3.6, columns=2)
+    figure, axes = new(width=6.4, height=3.4, columns=2)
     encoding, model = bases.load_tokenizer("nano"), bases.load_base("nano", torch.float32)
     ids = torch.tensor([[encoding.eot_token, *encoding.encode_ordinary(TEXT)]])
     words = [encoding.decode([i]).replace("\n", "\\n").replace(" ", "·") for i in ids[0, 1:].tolist()]

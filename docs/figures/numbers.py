@@ -74,7 +74,7 @@ def numbers_range():
         axis.patch.set_alpha(0)
     ticks = [-40, -25, -14, 0, 16]
     below.set(xlim=(-45, 20), xticks=ticks, xticklabels=[f"$2^{{{t}}}$" for t in ticks], ylabel="%", ylim=(0, 13))
-    below.legend(frameon=False, loc="upper right", ncols=2)
+    below.legend(frameon=False, loc="upper center", ncols=2)
     return figure
 
 
