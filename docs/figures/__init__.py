@@ -56,9 +56,9 @@ def draw_all(folder):
                 torch.manual_seed(0)
                 figure = draw()
                 figure.savefig(path, metadata={"Date": None}, transparent=True)
-                path.with_suffix(".json").write_text(json.dumps(getattr(figure, "numbers", {})))
+                path.with_suffix(".json").write_text(json.dumps(getattr(figure, "facts", {})))
 
 
-def numbers(name):
-    """What a figure's function put into figure.numbers, for the text beside it."""
+def facts(name):
+    """What a figure's function put into figure.facts, for the text beside it."""
     return json.loads((ROOT / "docs" / "made" / "figures" / f"{name}.json").read_text())

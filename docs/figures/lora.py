@@ -17,7 +17,7 @@ def lora_singular_values():
     train(base, base.parameters(), lr=1e-3)
     S = torch.linalg.svdvals(base.get_submodule(name).weight.detach() - before)
     axes.plot(range(1, len(S) + 1), S / S[0], label="full")
-    figure.numbers = {f"share of {k}": (S[:k].square().sum() / S.square().sum()).item() for k in (16, 64)}
+    figure.facts = {f"share of {k}": (S[:k].square().sum() / S.square().sum()).item() for k in (16, 64)}
     for r in (4, 16):
         model = lora.add_lora(bases.load_base("nano", torch.float32), r=r, alpha=2 * r)
         train(model, lora.lora_parameters(model).values())
