@@ -29,7 +29,7 @@ html_sidebars = {
     "**": ["sidebar/brand.html", "language.html", "sidebar/search.html", "sidebar/scroll-start.html",
            "sidebar/navigation.html", "sidebar/scroll-end.html"],
 }  # fmt: skip
-locale_dirs, gettext_compact, gettext_location, gettext_uuid = ["locale"], False, False, False
+locale_dirs, gettext_compact, gettext_location, gettext_uuid = ["../locale"], False, False, False
 suppress_warnings = ["config.cache"]
 
 

@@ -33,7 +33,8 @@ const WORDS = {
     "freed: inputs of an adapter, last norm": "已释放：一个适配器的输入、末尾归一化",
     "log-softmax in fp32": "fp32 的 log-softmax", "both sides of GELU": "GELU 输入与输出的梯度",
     "residual stream": "残差流的梯度", input: "输入",
-    "no JSON": "不是合法的 JSON", "the heads must make the width": "头数 × 头宽须等于宽度",
+    "not JSON: paste the text of a config.json": "不是合法的 JSON：请粘贴 config.json 的内容",
+    "the heads must make the width": "头数 × 头宽须等于宽度",
     "model_type must be gpt2 with a tied head, or llama without biases":
       "model_type 须为 gpt2（输出层与嵌入共享权重）或 llama（无偏置）",
     "not a whole number from 1 to 16777216:": "须为 1 到 16777216 的整数：",

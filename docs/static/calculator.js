@@ -49,7 +49,8 @@ function runOf(sizes, { method, precision, batch, length, accumulate = 1, recomp
   s.n = s.B * s.T;
   s.m = given.bottleneck || Math.max(1, Math.floor(s.d / 16));
   s.sites = given.placement === "houlsby" ? 2 : 1;
-  if (s.T + (method === "prefix" ? s.p : 0) > s.P) throw new Wrong("more tokens than the model has positions:", { cause: s.P });
+  if (s.T + (method === "prefix" ? s.p : 0) > s.P)
+    throw new Wrong("more tokens than the model has positions:", { cause: s.P });
   if ("hidden" in given && !s.hidden)
     s.hidden = method === "prefix" ? 0 : s.encoder === "lstm" ? Math.max(1, Math.floor(s.d / 2)) : s.d;
   const all = Object.keys(s.linears), ends = given.targets === "all-linear" ? all : given.targets ?? [];
@@ -192,7 +193,7 @@ function show(run) {
   try {
     config ??= JSON.parse(run.config);
   } catch {
-    throw new Wrong("no JSON");
+    throw new Wrong("not JSON: paste the text of a config.json");
   }
   const [found, s] = stepBytes(config, run), most = total(found.peak);
   const size = bytes => (most < 1e9 ? `${(bytes / 1e6).toFixed(3)} MB` : `${(bytes / 1e9).toFixed(3)} GB`);
@@ -223,7 +224,7 @@ function show(run) {
 function start(root) {
   const fields = settings => Object.entries(settings).map(([name, value]) => field(name, value));
   const own = element("div", { className: "own" }), output = element("div", { className: "output" });
-  const config = element("textarea", { name: "config", rows: 6, placeholder: '{"model_type": "llama", ...}' });
+  const config = element("textarea", { name: "config", rows: 6, placeholder: '{"model_type": "llama", ...' });
   const form = element("form", {}, ...fields(FIELDS), own, config);
   const { model, method } = form.elements;
   const renew = () => own.replaceChildren(...fields(SETTINGS[method.value]));
