@@ -113,9 +113,11 @@ def broken_links():
 
 
 def main():
+    from calculator import script
     from figures import draw_all
 
     draw_all(MADE / "figures")
+    (MADE / "calculator-data.js").write_text(script(), "utf-8")
     if "--update" in sys.argv:
         update()
     if "--english" not in sys.argv and (problems := [*untranslated()]):

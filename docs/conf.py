@@ -22,7 +22,7 @@ extensions = ["myst_parser"]
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 html_theme, html_title = "furo", "nanopeft"
-html_static_path, html_css_files = ["static"], ["style.css"]
+html_static_path, html_css_files = ["static", "made/calculator-data.js"], ["style.css"]
 html_use_index = html_show_sourcelink = html_show_search_summary = html_copy_source = False  # search cannot fetch on file://
 html_theme_options = {"navigation_with_keys": True}
 templates_path = ["templates"]

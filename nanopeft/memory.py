@@ -119,8 +119,8 @@ TRAINING = {
 
 
 def evaluate(formulas, s):
-    """[(what, formula, bytes)] of {what: formula}, texts for Python's eval; the letters are attributes of s."""
-    return [(what, of, math.ceil(eval(of, {}, vars(s)))) for what, of in formulas.items()]
+    """[(what, formula, bytes)] of {what: formula}: texts that Python and JavaScript read alike; s has the letters."""
+    return [(what, of, math.ceil(eval(of, {"ceil": math.ceil}, vars(s)))) for what, of in formulas.items()]
 
 
 def total(parts):
@@ -145,7 +145,7 @@ def states(s):
     full, sizes = s.method == "full", [s.linears[name] for name in s.targets]
     model = {"linear layers": "e*Ψ_q", "all other": "e*(Ψ - Ψ_q)"}
     if s.method == "qlora":
-        nf4 = "({0}*{1} + 1)//2 + ({0}*{1} + 63)//64 + ({0}*{1} + 16383)//16384*4 + 4"  # each rounded up
+        nf4 = "ceil({0}*{1}/2) + ceil({0}*{1}/64) + 4*ceil({0}*{1}/16384) + 4"
         quantized, rest = (" + ".join(of.format(*size) for size in sizes)
                            for of in (nf4 if s.quant == "nf4" else "({0} + 4)*{1}", "{0}*{1}"))  # fmt: skip
         model = {f"{s.quant} layers": f"L*({quantized})", "all other": f"e*(Ψ - L*({rest}))"}
@@ -247,8 +247,8 @@ OWN = {  # activations of a method's layers; the lowest Down needs no dx, hence 
     "fusion": {"x, Q x, Σ p z; z, K z and p": "L*n*(3*d + adapters*(2*d + 1))*e",
                "I - V, squared in the penalty": "L*4*d*d", "in adapters": "(L - 1)*n*adapters*m*e",
                "copies in 16 bits": "(L*d + (L - 1)*(2*d + 2*adapters*m))*d*e"},
-    "prefix": {"k, v with the prefix, masks": "L*(2*B*w + T)*(p + T)*e", "MLP's tanh": "4*p*(hidden or 0)"},
-    "ptuning": {"encoder's MLP": "(2 if encoder == 'lstm' else 1)*8*p*hidden", "template's places": "n*template"},
+    "prefix": {"k, v with the prefix, masks": "L*(2*B*w + T)*(p + T)*e", "MLP's tanh": "4*p*hidden"},
+    "ptuning": {"encoder's MLP": "(1 + (encoder == 'lstm'))*8*p*hidden", "template's places": "n*template"},
 }  # fmt: skip
 KEYS = {  # the letters in config.json
     "gpt2": dict(L="n_layer", d="n_embd", H="n_head", V="vocab_size", P="n_positions", f="n_inner"),
@@ -323,8 +323,8 @@ def run_of(s, method, precision="fp32", batch=16, length=128, accumulate=1, reco
     s.sites = 2 if settings.get("placement") == "houlsby" else 1
     if s.T + (s.p if method == "prefix" else 0) > s.P:
         raise Error(f"{length} tokens, and the method's own, do not fit the model's {s.P} positions")
-    if method == "ptuning" and not s.hidden:
-        s.hidden = max(1, s.d // 2) if s.encoder == "lstm" else s.d
+    if "hidden" in settings and not s.hidden:  # a prefix without MLP, or P-tuning's default
+        s.hidden = 0 if method == "prefix" else max(1, s.d // 2) if s.encoder == "lstm" else s.d
     ends = s.linears if settings.get("targets") == "all-linear" else settings.get("targets", [])
     found = {end: [name for name in s.linears if f".{name}".endswith(f".{end}")] for end in ends}
     if not all(found.values()):
