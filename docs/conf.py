@@ -31,13 +31,10 @@ html_sidebars = {
            "sidebar/navigation.html", "sidebar/scroll-end.html"],
 }  # fmt: skip
 locale_dirs, gettext_compact, gettext_location, gettext_uuid = ["../locale"], False, False, False
-suppress_warnings = ["config.cache"]
 
 
 class Source(LiteralInclude):
     """```{source} lora.LoRALinear.update``` shows a function or a class of the library, by its name."""
-
-    option_spec = LiteralInclude.option_spec | {"docstring": directives.flag}
 
     def run(self):
         module, _, name = self.arguments[0].partition(".")
