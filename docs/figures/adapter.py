@@ -65,6 +65,7 @@ def adapter_start():
 def fusion_weights():
     """p of reference's adapter beside modules' in each block: at the start, and with a fusion trained on either."""
     figure, axes = new(7, 3)
+    figure.facts = {}
     data = {task: _data(task) for task in ("reference", "modules")}
     adapters = []
     for task in data:
@@ -76,6 +77,7 @@ def fusion_weights():
         if i == 0:
             axes.plot(_weights(model, data[task]), ".k", zorder=3, label="t = 0")
         found = _weights(_train(model, data[task], lr=3e-4), data[task])
+        figure.facts[task] = sum((p if i == 0 else 1 - p) > 0.9 for p in found)  # blocks that chose its own adapter
         axes.bar([n + 0.32 * i - 0.16 for n in range(len(found))], found, width=0.3, label=task)
     axes.set(xlabel="transformer.h", ylabel="p₁", ylim=(0, 1.02))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))

@@ -21,6 +21,7 @@ def _turned(W, changed):
 def dora_lengths_and_directions():
     """How much each row of one layer changed in length, against how much in direction."""
     figure, panels = new(9, 3.2, columns=3)
+    figure.facts = {}
     name = "transformer.h.3.mlp.c_fc"
     base = bases.load_base("nano", torch.float32)
     W = base.get_submodule(name).weight.detach().clone()
@@ -32,9 +33,9 @@ def dora_lengths_and_directions():
         found[method] = W + lora.lora_layers(model)[name].delta().detach()
     for axes, (method, changed) in zip(panels, found.items()):
         length, turned = _turned(W, changed)
-        rho = torch.corrcoef(torch.stack((length, turned)))[0, 1]
+        figure.facts[method] = torch.corrcoef(torch.stack((length, turned)))[0, 1].item()
         axes.plot(turned, 100 * length, ".", markersize=2)
-        axes.set(title=f"{method}: {rho:.2f}", xlabel="°", ylabel="%")
+        axes.set(title=method, xlabel="°", ylabel="%")
     return figure
 
 
@@ -53,6 +54,7 @@ def adalora_ranks():
     kinds = list(dict.fromkeys(re.sub(r".*h\.\d+\.", "", name) for name in ranks))
     table = torch.tensor(list(ranks.values())).view(-1, len(kinds)).t()
     figure, axes = new(6, 2.6)
+    figure.facts = {"least": min(ranks.values()), "most": max(ranks.values())}
     axes.imshow(table, cmap="Blues", vmin=0, vmax=1.5 * START, aspect="auto")
     for i, row in enumerate(table.tolist()):
         for j, n in enumerate(row):
