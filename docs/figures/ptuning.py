@@ -20,7 +20,8 @@ def ptuning_ties():
         trained = model.prompt_embeddings if name == "prompt" else model.encoder.embedding.weight  # (n, d)
         moved = _moved(model, trained)
         places = range(1, n + 1)
-        shown = ax.pcolormesh(places, places, moved.clamp(min=1e-3).log10(), vmin=-3, vmax=0, shading="nearest")
+        shown = ax.pcolormesh(places, places, moved.clamp(min=1e-3).log10(), vmin=-3, vmax=0, shading="nearest",
+                              edgecolor="face")  # fmt: skip
         ax.set(title=name, xlabel="j", aspect="equal", xticks=places[::3], yticks=places[::3])
         ax.invert_yaxis()
     axes[0].set_ylabel("i")
