@@ -20,7 +20,7 @@ def _turned(W, changed):
 
 def dora_lengths_and_directions():
     """How much each row of one layer changed in length, against how much in direction."""
-    figure, panels = new(9, 3.2, columns=3)
+    figure, panels = new(7, 2.6, columns=3)
     figure.facts = {}
     name = "transformer.h.3.mlp.c_fc"
     base = bases.load_base("nano", torch.float32)
