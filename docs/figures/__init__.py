@@ -7,8 +7,11 @@ Nothing in a figure is in words, so that it serves both languages: symbols, numb
 
 import importlib
 import json
+import os
 import pkgutil
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin stall a machine with other work
 
 import matplotlib
 import torch
