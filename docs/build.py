@@ -6,7 +6,7 @@
     python docs/build.py --update       after a change in English: brings docs/locale/ up to date, and lists what is
                                         to be translated
 
-First docs/figures.py runs the library and draws. Then Sphinx runs once for each language, where every warning is an
+First docs/figures/ runs the library and draws. Then Sphinx runs once for each language, where every warning is an
 error. Every number, excerpt and figure on a page comes from code that runs here. Last, all links are followed.
 """
 

@@ -203,6 +203,15 @@ def test_more_training_of_what_was_trained(monkeypatch, files, tmp_path, method)
     assert {old[key] == new[key] for key in old.keys() - passing} == {True}
 
 
+@pytest.mark.parametrize("flags", ["--ranks mlp.*=3", "--init pissa"])
+def test_what_memory_does_not_know_is_not_predicted(monkeypatch, files, tmp_path, flags):
+    """memory.py counts LoRA of one rank: for another kind the run shows what it measured alone."""
+    known = train(monkeypatch, files, tmp_path / "known", "--method lora")
+    assert known["predicted_bytes"]["gradients"] == known["measured_bytes"]["gradients"] > 0
+    other = train(monkeypatch, files, tmp_path / "other", f"--method lora {flags}")
+    assert other["predicted_bytes"] == {} and other["measured_bytes"]["gradients"] > 0
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["lora", "lora --init pissa", "qlora", "dora", "adalora", "ia3", "bitfit"])
 def test_a_merged_model_opens_in_transformers(monkeypatch, files, tmp_path, method, precision):

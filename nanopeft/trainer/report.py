@@ -94,9 +94,9 @@ class StepMemory:
 def predict(model, args, precision, length):
     """{what: bytes} that memory.py predicts for a step of this run, with examples of `length` tokens.
 
-    Nothing for what it does not know: targets outside of the blocks, adapters of several widths in a fusion.
+    Nothing for what it does not know: targets outside of the blocks, several ranks, adapters of several widths.
     """
-    known = args.method in memory.SETTINGS and getattr(args, "init", None) != "pissa"
+    known = args.method in memory.SETTINGS and args.init != "pissa" and not args.ranks
     if not known or vars(model.config).get("model_type") != "gpt2" or args.start is not None:
         return {}  # of shapes or settings that memory.py has not
     how = {name: vars(args)[name] for name in memory.SETTINGS[args.method] if name in vars(args)}
