@@ -348,7 +348,7 @@ def find_targets(model, targets, placement, heads):
         pattern = rf"{re.escape(lists[0])}\.\d+"
     try:
         found = [n for n in fitting if re.fullmatch(pattern, n)]
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise Error(f"targets={targets!r} is no regular expression: {error}") from None
     if not found:
         there = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", n) for n in fitting})

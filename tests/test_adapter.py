@@ -760,6 +760,8 @@ class Everything(nn.Module):
         ({"targets": ("ln",)}, "names no layer"),
         ({"targets": ("h.0",)}, "names no layer"),
         ({"targets": r"h\.[01"}, "is no regular expression"),
+        ({"targets": "a{99999999999}"}, "is no regular expression"),
+        ({"targets": "(" * 5000}, "is no regular expression"),
         ({"targets": ("out_proj",)}, "out_proj may be read, and not called, by its MultiheadAttention"),
         ({"targets": ("encoder.linear2",)}, "linear2 may be read, and not called, by its TransformerEncoderLayer"),
         ({"targets": ("h.0.mlp.0",), "placement": "pfeiffer"}, r"names no layer for pfeiffer; there are .*h\.\*, "),

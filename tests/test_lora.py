@@ -839,6 +839,8 @@ class Everything(nn.Module):
         ({"targets": ("ln",)}, "h.0.ln is a LayerNorm; LoRA fits on"),
         ({"targets": (r"h.*",)}, "no layer fits"),
         ({"targets": r"h\.[01"}, "is not a regular expression"),
+        ({"targets": "a{99999999999}"}, "is not a regular expression"),
+        ({"targets": "(" * 5000}, "is not a regular expression"),
         ({"modules_to_save": "table"}, "modules_to_save='table' must be a list of ends of names"),
         ({"modules_to_save": ["tabel"]}, r"modules_to_save=\['tabel'\] must be a list"),
         ({"modules_to_save": ["up"]}, "no layer fits"),
