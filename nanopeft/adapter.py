@@ -174,7 +174,7 @@ def add_adapter(
     targets = defaults[placement][0] if targets is None else targets
     activation = defaults[placement][1] if activation is None else activation
     reduction = 16 if reduction is None and bottleneck is None else reduction
-    f = getattr(F, activation, None) if isinstance(activation, str) else activation
+    f = find_activation(activation) if isinstance(activation, str) else activation
     if any(isinstance(m, (nn.DataParallel, nn.parallel.DistributedDataParallel)) for m in model.modules()):
         raise Error("add adapters to the plain model, then wrap it: DDP knows only the parameters that it began with")
     if adapter_layers(model):
@@ -331,6 +331,15 @@ def put_in(model, layers, heads):
     replace(model, layers)
     for name, head in heads.items():
         head.requires_grad_(True).adapter_name = name
+
+
+def find_activation(name):
+    """The function of one tensor that torch.nn.functional has under this name, or None."""
+    try:
+        f = getattr(F, name)
+        return f if f(torch.zeros(2, 4)).shape == (2, 4) else None
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # as for F.bilinear, which wants two tensors
+        return None
 
 
 def find_targets(model, targets, placement, heads):

@@ -750,6 +750,8 @@ class Everything(nn.Module):
         ({"activation": "swish_"}, "activation must be a function or its name in torch.nn.functional, not 'swish_'"),
         ({"activation": 3}, "activation must be .* not 3"),
         ({"activation": ""}, "activation must be .* not ''"),
+        ({"activation": "bilinear"}, "activation must be .* not 'bilinear'"),
+        ({"activation": "glu"}, "activation must be .* not 'glu'"),
         (
             {"targets": ("q_proj",)},
             r"q_proj.* names no layer for houlsby; there are .*h\.\*\.mlp\.\*, tower\.\*\.mlp\.\*",
