@@ -792,6 +792,7 @@ def test_bad_data_is_refused_or_read(tmp_path, cases):
         ("lora", {"lora_alpha": 10**400}),
         ("lora", {"lora_alpha": math.nan}), ("lora", {"target_modules": "(.*)*x"}), ("qlora", {"base_quantization": 7}),
         ("adapter", {"reduction": None, "bottleneck": 10**9}), ("adapter", {"reduction": -1}),
+        ("adapter", {"reduction": None, "bottleneck": 10**18}), ("adapter", {"reduction": None, "bottleneck": 2**63}),
         ("prefix", {"num_virtual_tokens": 10**9}), ("prompt", {"num_virtual_tokens": 10**9}),
         ("ptuning", {"num_virtual_tokens": 10**9}),
         ("template", {"pseudo_id": 10**400}), ("fusion", {"adapters": []}),

@@ -17,9 +17,10 @@ def read_fields(config, fields):
     """{argument: value} by rows of (argument, key, types, default)."""
     found = {}
     for argument, key, types, default in fields:
-        found[argument] = config.get(key, default)
-        if type(found[argument]) not in types:  # isinstance would take True for a rank of 1
-            raise Error(f"adapter_config.json: {key} cannot be {found[argument]!r}")
+        found[argument] = value = config.get(key, default)
+        # isinstance would take True for a rank of 1; and torch has no sizes beyond 64 bits
+        if type(value) not in types or (type(value) is int and abs(value) >= 2**31):
+            raise Error(f"adapter_config.json: {key} cannot be {value!r}")
     return found
 
 
