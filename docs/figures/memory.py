@@ -25,10 +25,10 @@ def memory_parts():
             for k, (name, size) in enumerate(zip(names, bars[at])):
                 axes.barh(methods[at], size, left=start, color=f"C{k}", label=name if at == shown[0] else None)
                 start += size
-            axes.text(start, at - shown[0], f" {start:.1f}", va="center")
+            axes.annotate(f"{start:.1f}", (start, at - shown[0]), (5, 0), textcoords="offset points", va="center")
         axes.invert_yaxis()
         axes.set(xlabel="GB")
-        axes.margins(x=0.16)
+        axes.margins(x=0.2)
     left.legend(loc="lower right", ncols=2, frameon=False)
     return figure
 

@@ -59,7 +59,11 @@ def numbers_range():
         x, normal = _numbers(dtype).log2(), torch.tensor(torch.finfo(dtype).tiny).double().log2()
         top.plot([x[0], normal], [-i, -i], color=f"C{i}", lw=8, alpha=0.35, solid_capstyle="butt")
         top.plot([normal, x[-1]], [-i, -i], color=f"C{i}", lw=8, solid_capstyle="butt")
+        if x[-1] > 20:  # it goes on at both sides
+            top.plot(-45, -i, "<", color=f"C{i}", markersize=14, clip_on=False)
+            top.plot(20, -i, ">", color=f"C{i}", markersize=14, clip_on=False)
     top.set(yticks=[0, -1, -2, -3], yticklabels=NARROW, ylim=(-3.6, 0.6))
+    top.tick_params(axis="y", pad=12)
     bins = torch.linspace(-45, 20, 131)[:-1] + 0.25
     for name, g, color in zip(("dθ", "dz"), _gradients(), ("C4", "C5")):
         for scale, label, line in ((1, name, "-"), (2**16, f"2¹⁶ {name}", ":")):
@@ -90,9 +94,9 @@ def numbers_master_copy():
         p.grad = torch.ones_like(p)
         optimizer.step()
         master.append(optimizer.state[p]["master"].item())
-    axes.plot(range(1, 101), master, color="C2", lw=1, label='state["master"]  fp32')
-    axes.plot(kept, color="C0", drawstyle="steps-post", label="θ  bf16")
-    axes.plot(alone, color="C3", label="θ -= 1e-4  bf16")
+    axes.plot(range(1, 101), master, color="#222222", lw=1.3, zorder=3, label="θ₃₂  fp32")
+    axes.plot(kept, color="C0", lw=2, drawstyle="steps-post", label="θ ← θ₃₂  bf16")
+    axes.plot(alone, color="C3", lw=2, label="θ  bf16")
     axes.set(xlabel="t", ylabel="θ")
     axes.legend(frameon=False)
     return figure
