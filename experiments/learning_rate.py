@@ -23,9 +23,13 @@ SETTINGS = {
 
 def tables(found):
     rates = sorted({rate for some in RATES.values() for rate in some})
-    rows = [[name, *(run.shown(found[key]) if (key := f"{name}, lr {rate}") in found else "" for rate in rates)]
-            for name in CURVES]  # fmt: skip
-    return run.table(["loss, nats per token", *(f"lr {rate}" for rate in rates)], rows)
+
+    def of(key):
+        return [[name, *(run.shown(found[one], key) if (one := f"{name}, lr {rate}") in found else "" for rate in rates)]
+                for name in CURVES]  # fmt: skip
+
+    header = [f"lr {rate}" for rate in rates]
+    return run.table(["loss", *header], of("loss_after")) + "\n\n" + run.table(["forgotten", *header], of("forgotten"))
 
 
 def draw(found):

@@ -30,7 +30,7 @@ def prompt_paths():
     right.axhline(between, color="0.5", linestyle="--")
     left.set(xlabel="PC 1", ylabel="PC 2")
     right.set(xlabel="step", ylabel="min ‖P − E‖", yscale="log", xticks=range(1, len(path), 3))
-    left.legend(fontsize=8)
+    left.legend()
     return figure
 
 

@@ -22,13 +22,13 @@ def nf4_codes():
     left.vlines(codes, 0, density(codes).exp(), color="C1", linewidth=1)
     left.vlines(0, 0, density(torch.tensor(0.0)).exp(), color="C3", linewidth=2)
     for q, z in enumerate(codes.tolist()):
-        left.text(z, -0.012 - 0.02 * (q % 2), str(q), ha="center", va="top", fontsize=7, color="C3" if q == 7 else "C1")
-    left.set(xlabel="x / σ", ylabel="φ(x / σ)", ylim=(-0.055, 0.42))
+        left.text(z, -0.008 - 0.026 * (q % 2), str(q), ha="center", va="top", color="C3" if q == 7 else "C1")
+    left.set(xlabel="x / σ", ylabel="φ(x / σ)", xlim=(-2.6, 2.6), ylim=(-0.065, 0.42))
     packed, _ = quant.quantize_nf4(torch.randn(1 << 20))
     share = torch.stack((packed >> 4, packed & 15)).flatten().bincount(minlength=16) / (1 << 20)
     right.bar(range(16), share, color=["C3" if q == 7 else "C1" for q in range(16)])
     right.axhline(1 / 16, color="C0", linestyle="--", label="1/16")
-    right.set(xlabel="q", ylabel="#q / n", xticks=range(16))
+    right.set(xlabel="q", ylabel="#q / n", xticks=range(0, 16, 2))
     right.legend()
     return figure
 
@@ -50,7 +50,7 @@ def _errors(x, block_size):
 
 
 def quant_error():
-    """Left: error by block size, of normal numbers and of the embedded GPT's weights. Right: error by bits."""
+    """Left: error by block size, of normal numbers and of the bundled GPT's weights. Right: error by bits."""
     figure, (left, right) = new(8.5, 3.8, columns=2)
     base = bases.load_base("nano", torch.float32)
     weights = torch.cat([layer.weight.detach().flatten() for layer in lora.find_targets(base, "all-linear").values()])
@@ -75,5 +75,5 @@ def quant_error():
     right.set(xlabel="8 · nbytes / n", yscale="log", xlim=(3.8, 10.2))
     for axes in (left, right):
         axes.set_yticks([0.005, 0.01, 0.02, 0.05, 0.1, 0.2], ["0.005", "0.01", "0.02", "0.05", "0.1", "0.2"])
-        axes.legend(fontsize=8)
+        axes.legend()
     return figure

@@ -34,7 +34,7 @@ class _Live(TorchDispatchMode):
 
 
 def _step(method, every, rows=4, length=128):
-    """The points of a step of the embedded GPT."""
+    """The points of a step of the bundled GPT."""
     torch.manual_seed(0)
     model = bases.load_base("nano", torch.float32)
     if method == "lora":
