@@ -31,6 +31,8 @@ def small_model(variant, shape=SHAPE, dtype=torch.float32):
     model, settings = gpt.GPT(**shape).to(dtype), None
     if args.method == "fusion":
         parts = [adapter.add_adapter(gpt.GPT(**shape), placement="pfeiffer", reduction=8) for _ in range(2)]
+        for p in [p for part in parts for p in part.parameters() if p.requires_grad]:
+            p.data += 0.1 * torch.randn(p.shape)  # Up is 0 at the start, and nothing would come out of an adapter
         settings = {"adapters": [(adapter.adapter_config(part), adapter.adapter_state_dict(part)) for part in parts]}
     method = METHODS[args.method]
     return method.add(model, **settings or method.settings(args, None, None, model)), args
