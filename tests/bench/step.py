@@ -15,7 +15,7 @@ malloc keeps in its heap are given back.
 
 On a CPU without bf16 instructions both sides run in fp32, as train.py does there.
 
-On a GPU each side has the card for itself, one after the other, with a batch that fills it: halved until it fits. Its
+On a GPU each side computes alone, one after the other, with a batch that fills it: halved until it fits. Its
 seconds are the mean of all steps between two waits for the GPU, its memory is torch's max_memory_allocated, and the
 share is of the card's dense bf16 rate.
 """
@@ -292,20 +292,53 @@ def flops(method, shape, batch, length, rank):
 # ------------------------------------------------------------------------------------------------------------ on a GPU
 
 
-def work_on_gpu(pipe, side, method, shape, batch, length, rank, steps, device, compiled):
-    """One side with the card for itself: sends {"seconds", "memory", ...}, or {"error": a line}."""
+def work_on_gpu(pipe):
+    """A process for one side: to each of run_on_gpu's arguments it answers {"seconds", ...}, or {"error": a line}."""
     warnings.simplefilter("ignore")
+    while True:
+        try:
+            arguments = pipe.recv()
+        except EOFError:  # the race is over
+            return
+        try:
+            pipe.send(run_on_gpu(*arguments))
+        except Exception as error:
+            memory = isinstance(error, torch.OutOfMemoryError)
+            line = "out of memory" if memory else (str(error).strip() or repr(error)).splitlines()[-1][:200]
+            pipe.send({"error": line})
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def ask(workers, side, arguments, limit):
+    """The answer of a side's process, which is started where there is none, and ended after an error."""
+    if side not in workers:
+        context = multiprocessing.get_context("spawn")
+        pipe, other = context.Pipe()
+        workers[side] = context.Process(target=work_on_gpu, args=(other,), daemon=True), pipe
+        workers[side][0].start()
+        other.close()
+    process, pipe = workers[side]
+    pipe.send((side, *arguments))
     try:
-        pipe.send(run_on_gpu(side, method, shape, batch, length, rank, steps, device, compiled))
-    except Exception as error:
-        memory = isinstance(error, torch.OutOfMemoryError)
-        pipe.send({"error": "out of memory" if memory else (str(error).strip() or repr(error)).splitlines()[-1][:200]})
+        found = pipe.recv() if pipe.poll(limit) else {"error": f"not done after {limit:.0f} s"}
+    except EOFError:
+        process.join()
+        found = {"error": f"ended with exit code {process.exitcode}"}
+    if "error" in found:  # a clean one for the next
+        process.kill()
+        process.join()
+        del workers[side]
+    return found
 
 
 def run_on_gpu(side, method, shape, batch, length, rank, steps, device, compiled):
     on_gpu, context = device == "cuda", contextlib.nullcontext
     wait = torch.cuda.synchronize if on_gpu else lambda: None
     torch.manual_seed(0)
+    if compiled:
+        torch._dynamo.reset()
     if side == "ours":
         model = our_model(method, shape, rank, BF16, device)
         base, options = getattr(model, "model", model) if method in ("prefix", "prompt", "ptuning") else model, {}
@@ -359,24 +392,17 @@ def card_rate():
     return next((rate for card, rate in RATES.items() if card in name and "MIG" not in name), None)
 
 
-def race_on_gpu(method, shape, batch, args, compiled):
-    """One row: each side alone, with a batch that it has memory for. A side that fails has an "error" instead."""
-    context = multiprocessing.get_context("spawn")
+def race_on_gpu(workers, method, shape, batch, args, compiled):
+    """One row: each side with a batch that it has memory for. A side that fails has an "error" instead.
+
+    workers: a dict of the two sides' processes, kept from row to row.
+    """
     row = dict(method=method, shape=shape, compiled=compiled, length=args.length)
     for side in ("ours", "peer"):
         n, found = batch, {"error": "out of memory"}
         while n and found.get("error") == "out of memory":
-            pipe, other = context.Pipe()
-            arguments = (other, side, method, shape, n, args.length, args.rank, args.steps, args.device, compiled)
-            process = context.Process(target=work_on_gpu, args=arguments, daemon=True)
-            process.start()
-            other.close()
-            try:
-                found = pipe.recv() if pipe.poll(args.limit) else {"error": f"not done after {args.limit} s"}
-            except EOFError:
-                found = {"error": f"ended with exit code {process.join() or process.exitcode}"}
-            process.kill()
-            process.join()
+            arguments = (method, shape, n, args.length, args.rank, args.steps, args.device, compiled)
+            found = ask(workers, side, arguments, args.limit)
             found["batch"], n = n, n // 2
         if "seconds" in found:
             found["tokens_per_second"] = found["batch"] * args.length / found["seconds"]
@@ -502,12 +528,12 @@ def chart(rows, path):
 def main_on_gpu(args):
     if not torch.cuda.is_available():
         sys.exit("step.py: --device cuda, and torch finds no GPU here")
-    args.length, rows = args.length or 1024, []
+    args.length, rows, workers = args.length or 1024, [], {}
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, bf16")
     for method in [m for m in args.methods if m != "generate"]:
         for compiled in (False, True):
             batch = args.batch or gpu_batch(args.shape, args.length)
-            rows.append(race_on_gpu(method, args.shape, batch, args, compiled))
+            rows.append(race_on_gpu(workers, method, args.shape, batch, args, compiled))
             print(gpu_line(rows[-1]), flush=True)
             if args.out:
                 args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -294,7 +294,7 @@ def syncs(device, args):
         yield from attempts(one, [(method,) for method in METHODS])
 
 
-# ------------------------------------------------------------------------------------------------- memory, compile, race
+# ------------------------------------------------------------------------------------------------ memory, compile, race
 
 
 def memory(device, args):
@@ -306,7 +306,6 @@ def memory(device, args):
 
         def one(method):
             gc.collect()
-            torch.cuda.empty_cache() if device.type == "cuda" else None
             before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
             flags = f"--base {files}/base --data {files}/a.txt --method {method} --batch 16 --length 256 --steps 3"
             end = train(f"{flags} --precision bf16 --device {device.type} --out {folder}/{method}")
@@ -375,7 +374,7 @@ RACES += [(*which, compiled) for which in (("medium", "lora"), ("gpt2", "qlora")
 
 def race(device, args):
     """Tokens per second and peak memory, against transformers + peft, each side with a batch that fills the card."""
-    on_gpu, until = device.type == "cuda", time.monotonic() + args.limit
+    on_gpu, until, workers = device.type == "cuda", time.monotonic() + args.limit, {}
     settings = argparse.Namespace(length=1024, rank=8, steps=10, device=device.type)
     if not on_gpu:
         settings.length, settings.steps = 32, 1
@@ -385,7 +384,7 @@ def race(device, args):
             continue
         settings.limit = max(1, until - time.monotonic())
         batch = bench.gpu_batch(shape, settings.length) if on_gpu else 2
-        found = bench.race_on_gpu(method, shape, batch, settings, is_compiled)
+        found = bench.race_on_gpu(workers, method, shape, batch, settings, is_compiled)
         name, _, sides = bench.gpu_line(found).partition("; ")
         yield row(", ".join(name.split()), sides, None, "seconds" in found["ours"], race=found)
 
