@@ -24,7 +24,7 @@ DOCS = Path(__file__).parent
 MADE, SITE, CATALOGS = DOCS / "made", DOCS.parent / "site", DOCS / "locale" / "zh_CN" / "LC_MESSAGES"
 KEPT = re.compile(r"`[^`]+`|\$[^$]+\$|\]\([^)]+\)")  # code, formulas and links: the same in both languages
 SAME = re.compile(r"\\(begin|end|operatorname|mathrm|text){\w+}|\\[a-zA-Z]+")  # LaTeX
-HALF_WIDTH = re.compile(r"[\u4e00-\u9fff][,;:?!()]|[,;:?!(][\u4e00-\u9fff]")
+PUNCTUATION = re.compile(r"[\u4e00-\u9fff][,;:?!()]|[,;:?!(][\u4e00-\u9fff]| [，。；：、（）！？]|[，。；：、（）！？] ")
 
 
 def sphinx(builder, out, language="en"):
@@ -80,8 +80,8 @@ def untranslated():
                 yield f"{where}: the English has changed; mend the translation and remove 'fuzzy'"
             elif sorted(KEPT.findall(source)) != sorted(KEPT.findall(target)):
                 yield f"{where}: code, formulas or links differ"
-            elif found := HALF_WIDTH.search(KEPT.sub("", target)):
-                yield f"{where}: {found[0]!r} has half-width punctuation"
+            elif found := PUNCTUATION.search(KEPT.sub("x", target)):
+                yield f"{where}: {found[0]!r} has half-width punctuation, or a space beside full-width"
 
 
 def broken_links():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The memory calculator of docs/ computes what nanopeft/memory.py does."""
+"""The memory calculator of docs/ computes what nanopeft/memory.py does, and the pages show what the source says."""
 
 import json
 import math
@@ -7,6 +7,7 @@ import random
 import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 
 from nanopeft import memory
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS, SITE = ROOT / "docs", ROOT / "site"
 FILES = [DOCS / "static" / name for name in ("calculator-words.js", "calculator.js")]
 EACH = """
 const used = new Set();
@@ -119,3 +121,104 @@ def test_the_calculator_divides_what_zero_does(monkeypatch):
         if method == "full":
             for part, _, size in memory.training(memory.find_sizes("gpt2"), 7)[name]:
                 assert 0 <= memory.total(found[part]) - size <= 3
+
+
+# ---------------------------------------------------------------------------------------- pages of changed sources
+
+
+def page_text(tree, page):
+    """One page as plain text, made of a copy of the sources; None if it cannot be built."""
+    made = tree / "docs" / "made"
+    pages = tree / "docs" / "one"
+    pages.mkdir(exist_ok=True)
+    text = (DOCS / "pages" / f"{page}.md").read_text("utf-8")
+    (pages / "index.md").write_text("".join(line for line in text.splitlines(True) if not line.startswith("![")), "utf-8")
+    quiet = ["-q", "-E", "-d", made / "doctrees", "-D", "suppress_warnings=myst.xref_missing", "-b", "text"]
+    command = [sys.executable, "-m", "sphinx", *quiet, "-c", tree / "docs", pages, made / "text"]
+    done = subprocess.run([*map(str, command)], capture_output=True, cwd=tree)
+    return (made / "text" / "index.txt").read_text("utf-8") if done.returncode == 0 else None
+
+
+CONSTANTS = [  # page, file, what stands there, what is put there instead, and what the page says then
+    ("zero", "zero.py", "BUCKET = 1 << 20", "BUCKET = 1 << 21", "2,097,152 numbers here"),
+    ("quant", "quant.py", "block_size=64", "block_size=32", "NF4, blocks of 32"),
+    ("memory", "memory.py", '"mixed precision": ("2*Ψ", "2*Ψ", "(4 + 4 + 4)*Ψ")',
+     '"mixed precision": ("2*Ψ", "2*Ψ", "(4 + 4 + 8)*Ψ")', "(4 + 4 + 8)*Ψ"),
+]  # fmt: skip
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("page, file, before, after, shown", CONSTANTS)
+def test_a_changed_constant_changes_the_page(tmp_path, page, file, before, after, shown):
+    """With another constant in the source the page shows the new one, or its build fails."""
+    pytest.importorskip("sphinx")
+    pytest.importorskip("myst_parser")
+    for folder in ("nanopeft", "docs", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("made", "site", "__pycache__"))
+    as_it_is = page_text(tmp_path, page)
+    assert as_it_is and shown not in as_it_is
+    source = tmp_path / "nanopeft" / file
+    source.write_text(source.read_text("utf-8").replace(before, after), "utf-8")
+    changed = page_text(tmp_path, page)
+    assert changed is None or shown in changed
+
+
+# ------------------------------------------------------------------------------------------------- in a browser
+
+in_chromium = pytest.mark.skipif(
+    not (shutil.which("chromium") and (SITE / "index.html").exists()),
+    reason="needs chromium, and what python docs/build.py makes",
+)
+
+
+def in_browser(url):
+    """(the page after its scripts have run, what they complained of)."""
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--enable-logging=stderr"]
+    command = ["chromium", *quiet, "--virtual-time-budget=20000", "--dump-dom", url]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300)
+    return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+
+
+@pytest.mark.thorough
+@in_chromium
+@pytest.mark.parametrize(
+    "page, shown",
+    [
+        ("index.html", "nanopeft"), ("zh/index.html", "nanopeft"), ("lora.html", "<math"),
+        ("calculator.html", "GB"), ("zh/calculator.html", "峰值"),
+        ("search.html?q=singular", "lora.html"), ("zh/search.html?q=流水线+气泡", "pipeline.html"),
+    ],
+)  # fmt: skip
+def test_pages_work_from_the_disk(page, shown):
+    """A page opens in a browser from file://; its scripts run without a complaint and show what they should."""
+    path, _, query = page.partition("?")
+    found, complaints = in_browser((SITE / path).as_uri() + f"?{query}" * bool(query))
+    assert shown in found[found.index("<article") :] and not complaints, complaints
+
+
+WIDTHS = """<script>
+const pages = PAGES, wide = [];
+async function look() {
+  for (const page of pages) {
+    const frame = document.createElement("iframe");
+    frame.style.width = "390px";
+    frame.src = page;
+    document.body.append(frame);
+    await new Promise(done => frame.onload = done);
+    const width = frame.contentDocument.documentElement.scrollWidth;
+    if (width > 390) wide.push(`${page}: ${width}`);
+    frame.remove();
+  }
+  document.body.innerHTML = `<p id="done">${wide.join(", ")}</p>`;
+}
+</script><body onload="look()">"""
+
+
+@pytest.mark.thorough
+@in_chromium
+def test_no_page_is_wider_than_a_phone(tmp_path):
+    """On a screen of 390 pixels no page has to be moved sideways: wide code and tables scroll in themselves."""
+    pages = [path.as_uri() for path in SITE.rglob("*.html")]
+    (tmp_path / "look.html").write_text(WIDTHS.replace("PAGES", json.dumps(pages)), "utf-8")
+    found, _ = in_browser((tmp_path / "look.html").as_uri())
+    assert len(pages) > 40 and '<p id="done"></p>' in found, found[-2000:]
