@@ -24,7 +24,7 @@ DOCS = Path(__file__).parent
 MADE, SITE, CATALOGS = DOCS / "made", DOCS.parent / "site", DOCS / "locale" / "zh_CN" / "LC_MESSAGES"
 KEPT = re.compile(r"`[^`]+`|\$[^$]+\$|\]\([^)]+\)")  # code, formulas and links: the same in both languages
 SAME = re.compile(r"\\(begin|end|operatorname|mathrm|text){\w+}|\\[a-zA-Z]+")  # LaTeX
-PUNCTUATION = re.compile(r"[\u4e00-\u9fff][,;:?!()]|[,;:?!(][\u4e00-\u9fff]| [，。；：、（）！？]|[，。；：、（）！？] ")
+PUNCTUATION = re.compile("[\u4e00-\u9fff][,;:?!()]|[,;:?!(][\u4e00-\u9fff]| [，。；：、（）]|[，。；：、（）] ")
 
 
 def sphinx(builder, out, language="en"):

@@ -64,7 +64,9 @@ class Run(Directive):
         if "hidden" in self.options:
             return []
         if "table" in self.options:  # what it prints is Markdown
-            self.state.nested_parse(StringList(printed.getvalue().splitlines()), 0, table := nodes.container())
+            table = nodes.container()
+            table.document = self.state.document  # gives its cells a source, without which they are not translated
+            self.state.nested_parse(StringList(printed.getvalue().splitlines()), 0, table)
             return [table]
         shown = [nodes.literal_block(code, code, language="python")]
         if text := printed.getvalue():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Is LoRA's best learning rate ten times that of full fine-tuning, and does it depend on r?
 
-    python experiments/learning_rate.py     50 minutes on two cores with nothing else to do; the same command goes on after a stop
+    python experiments/learning_rate.py     50 minutes on two idle cores; the same command goes on after a stop
 """
 
 import run

@@ -132,7 +132,8 @@ def page_text(tree, page):
     pages = tree / "docs" / "one"
     pages.mkdir(exist_ok=True)
     text = (DOCS / "pages" / f"{page}.md").read_text("utf-8")
-    (pages / "index.md").write_text("".join(line for line in text.splitlines(True) if not line.startswith("![")), "utf-8")
+    without_figures = [line for line in text.splitlines(True) if not line.startswith("![")]
+    (pages / "index.md").write_text("".join(without_figures), "utf-8")
     quiet = ["-q", "-E", "-d", made / "doctrees", "-D", "suppress_warnings=myst.xref_missing", "-b", "text"]
     command = [sys.executable, "-m", "sphinx", *quiet, "-c", tree / "docs", pages, made / "text"]
     done = subprocess.run([*map(str, command)], capture_output=True, cwd=tree)

@@ -39,7 +39,8 @@ def adamw_paths():
     for color, (name, (decay, decoupled, end)) in zip(("C0", "C1", "C2"), kinds.items()):
         means, one = _path(decay, decoupled)
         axes.plot(*one.T, color=color, linewidth=0.4, alpha=0.6)
-        axes.plot(*means.T, color=color, label=name, linewidth=2)
+        on_top = {"zorder": 3, "linestyle": (0, (2, 1.5))} if decay == 0 else {}  # most of its path is AdamW's too
+        axes.plot(*means.T, color=color, label=name, linewidth=2, **on_top)
         axes.plot(*end, color=color, marker="x", markersize=10, markeredgewidth=2)
     axes.plot(0, 0, color="0.4", marker="o", markersize=4, clip_on=False)
     axes.set(xlabel=f"θ₁   (c₁ = {c[0]:g})", ylabel=f"θ₂   (c₂ = {c[1]:g})", xlim=(0, 2), ylim=(0, 2))

@@ -79,6 +79,6 @@ def fusion_weights():
         found = _weights(_train(model, data[task], lr=3e-4), data[task])
         figure.facts[task] = sum((p if i == 0 else 1 - p) > 0.9 for p in found)  # blocks that chose its own adapter
         axes.bar([n + 0.32 * i - 0.16 for n in range(len(found))], found, width=0.3, label=task)
-    axes.set(xlabel="transformer.h", ylabel="p₁", ylim=(0, 1.02))
+    axes.set(ylabel="p₁", ylim=(0, 1.02))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure

@@ -59,5 +59,5 @@ def adalora_ranks():
     for i, row in enumerate(table.tolist()):
         for j, n in enumerate(row):
             axes.text(j, i, n, ha="center", va="center")
-    axes.set(xticks=range(table.shape[1]), yticks=range(len(kinds)), yticklabels=kinds, xlabel="transformer.h")
+    axes.set(xticks=range(table.shape[1]), yticks=range(len(kinds)), yticklabels=kinds)
     return figure

@@ -9,17 +9,18 @@ from figures import new
 from nanopeft import gpt
 from nanopeft.trainer import bases
 
+BLOCK, HEADS = 2, (0, 2)
 TEXT = "def add(a, b):\n    return a + b\n"
 
 
 def gpt_attention():
-    """Attention of two heads of the embedded GPT's third layer over a few tokens: the causal mask is the empty half."""
-    figure, axes = new(width=6.4, height=3.4, columns=2)
+    """Attention of two heads in one block of the embedded GPT over a few tokens: the causal mask is the empty half."""
+    figure, axes = new(width=7.6, height=4.1, columns=2)
     encoding, model = bases.load_tokenizer("nano"), bases.load_base("nano", torch.float32)
     ids = torch.tensor([[encoding.eot_token, *encoding.encode_ordinary(TEXT)]])
     words = [encoding.decode([i]).replace("\n", "\\n").replace(" ", "·") for i in ids[0, 1:].tolist()]
     found = {}
-    attention = model.transformer.h[2].attn
+    attention = model.transformer.h[BLOCK].attn
     attention.register_forward_pre_hook(lambda module, inputs: found.update(x=inputs[0]))
     with torch.no_grad():
         model(ids)
@@ -28,11 +29,11 @@ def gpt_attention():
     q, k = (t.view(T, heads, -1).transpose(0, 1)[None] for t in (q, k))
     mask = torch.ones(T, T, dtype=torch.bool).tril()
     p = gpt.plain_attention(q, k, torch.eye(T).expand(1, heads, T, T), mask)[0]  # v = 1: what comes out is the softmax
-    for head, axis in zip((0, 2), axes):
+    for head, axis in zip(HEADS, axes):
         axis.imshow(p[head].masked_fill(~mask, torch.nan), cmap="Blues", vmin=-0.08, vmax=1)  # 0 is not quite white
         axis.set_title(f"p[{head}]", fontsize=10)
-        axis.set_xticks(range(T), ["<eot>", *words], rotation=90, fontsize=8)
-        axis.set_yticks(range(T), ["<eot>", *words], fontsize=8)
+        axis.set_xticks(range(T), ["<eot>", *words], rotation=90)
+        axis.set_yticks(range(T), ["<eot>", *words])
         axis.set(xlabel="s", ylabel="t")
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)

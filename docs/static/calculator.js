@@ -206,14 +206,14 @@ function show(run) {
   const item = part => ([what, of, bytes]) => element("div", { className: "item" },
     element("span", {}, say(short(what))), element("b", {}, size(bytes)),
     element("div", { className: "bar" }, bar(part === "peak" ? short(what) : part, bytes)),
-    element("code", {}, /[^-\d]/.test(of) ? of : ""), element("small", {}, exact(bytes)));
+    element("code", {}, part === "peak" && !/[^-\d]/.test(of) ? "" : of), element("small", {}, exact(bytes)));
   const group = ([part, items]) => element("section", {},
     element("h3", {}, bar(part, 0), say(part), element("b", {}, size(total(items)))), ...items.map(item(part)));
   const text = Object.values(found).flat().map(([, of]) => of).join(" ").split(/[^\wΨ]+/);
   const letters = Object.keys(s).filter(key => Number.isInteger(s[key]) && text.includes(key));
   const notes = [s.kind, s.method === "ptuning" && s.encoder, run.stage > 0 && "zero"].map(key => `note: ${key}`);
   return [
-    element("p", { className: "most" }, say("peak"), " ", element("b", {}, size(most)), ` ${say(when)}`),
+    element("p", { className: "most" }, say("peak"), " ", element("b", {}, size(most)), say("at") + say(when)),
     element("div", { className: "bar" }, ...found.peak.map(([what, , bytes]) => bar(short(what), bytes))),
     element("p", { className: "letters" }, letters.map(key => `${key} = ${exact(s[key])}`).join(", ")),
     ...notes.filter(key => say(key) !== key).map(key => element("p", { className: "note" }, say(key))),
