@@ -131,9 +131,9 @@ def fine_tune(args, precision, ranks):
             with step_memory.step(step, batches[0][0].size(1)):
                 # 2. Forward and backward. The loss is the mean over all scored tokens of the step, whatever share of
                 # them is in each rank and micro-batch
-                losses = []
+                loss = 0.0
                 if args.pipeline:  # its stages work on different micro-batches at the same time
-                    losses.append(engine.backward_batches(batches))
+                    loss = engine.backward_batches(batches)
                 else:
                     for batch in batches:
                         rows = [ranks.share(t) for t in batch]
@@ -141,12 +141,11 @@ def fine_tune(args, precision, ranks):
                         objective = part + method.penalty(model) / args.accumulate / world
                         step_memory.after_forward()
                         engine.backward(objective)
-                        losses.append(part.detach().to("cpu", non_blocking=True))
+                        loss += part.detach()
                 step_memory.after_backward(step)
-                # 3. Clip and update. The norm, of which the update depends, is the one number that the host waits for:
-                # by then a GPU has sent the losses too
+                # 3. Clip and update. Here the host waits for a GPU, since the update depends on the norm; not before
                 norm = engine.step(learning_rate(step, args), args.clip)
-            loss = ranks.sum(sum(float(part) for part in losses)) / ranks.copies
+            loss = ranks.sum(float(loss)) / ranks.copies
             check(loss, norm, progress, state)
             # 4. Log
             progress.step += 1

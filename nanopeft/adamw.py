@@ -103,15 +103,12 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            small = {}  # tensors of parameters that are updated together
             for p in group["params"]:
                 if p.grad is not None:
-                    self.step_parameter(p, group, grad_scale, small)
-            for (_, numbers), tensors in small.items():
-                step_together(*zip(*tensors), grad_scale=grad_scale, **dict(numbers))
+                    self.step_parameter(p, group, grad_scale)
         return loss
 
-    def step_parameter(self, p, group, grad_scale, small):
+    def step_parameter(self, p, group, grad_scale):
         """adamw_step on one parameter, by its faster form below. The state is made at the first step."""
         if p.grad.layout is not torch.strided or not p.grad.is_floating_point():
             raise Error(f"gradients must be dense and real, not {p.grad.layout} of {p.grad.dtype}")
@@ -136,10 +133,7 @@ class AdamW(torch.optim.Optimizer):
         tensors = state.get("master", whole), p.grad.contiguous(), state["m"], state["v"]
         flat = [x.view(-1) for x in tensors]
         flat.append(whole.view(-1) if "master" in state else flat[0])
-        if whole is p and is_small(p) and not torch.is_tensor(grad_scale):
-            kind = tuple(x.dtype for x in flat), tuple(numbers.items())
-            small.setdefault(kind, []).append(flat)
-        elif group["compile"] and p.numel() > CHUNK:
+        if group["compile"] and (p.is_cuda or p.numel() > CHUNK):  # on a GPU one kernel instead of ten
             compiled_step()(*flat, grad_scale=grad_scale, **numbers)
         else:
             for chunk in chunks(flat):
@@ -213,30 +207,6 @@ def chunks(tensors):
     """Contiguous tensors of one size, cut alike: all operations on a piece but the first find it in the cache."""
     n = CHUNK * (torch.get_num_threads() if tensors[0].is_cpu else 1024)  # on a GPU: just to keep temporaries small
     return zip(*(x.split(n) for x in tensors)) if tensors[0].numel() > n else [tensors]
-
-
-def is_small(p):
-    """Whether a GPU is done with an operation before the host has started the next one, some 5 µs later."""
-    return p.is_cuda and p.numel() <= 1 << 20
-
-
-def step_together(theta, g, m, v, rounded, *, grad_scale, beta1, beta2, lr_t, eps_t, shrink, l2):
-    """step_in_place on lists of tensors: a GPU starts ten kernels for all of LoRA's factors, not for each of them."""
-    g = [x.to(y.dtype) for x, y in zip(g, theta)]
-    if grad_scale != 1:
-        g = torch._foreach_mul(g, grad_scale)
-    if shrink != 1:
-        torch._foreach_mul_(theta, shrink)
-    if l2:
-        g = torch._foreach_add(g, theta, alpha=l2)
-    torch._foreach_lerp_(m, g, 1 - beta1)
-    torch._foreach_mul_(v, beta2)
-    torch._foreach_addcmul_(v, g, g, value=1 - beta2)
-    denominator = torch._foreach_sqrt(v)
-    torch._foreach_add_(denominator, eps_t)
-    torch._foreach_addcdiv_(theta, m, denominator, value=-lr_t)
-    if rounded[0].dtype != theta[0].dtype:
-        torch._foreach_copy_(rounded, theta)
 
 
 @functools.cache

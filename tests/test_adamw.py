@@ -215,27 +215,6 @@ def test_compiled(dtype, backend):
         pool.submit(compare_compiled, dtype, backend).result(timeout=300)
 
 
-@often(
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), decoupled=decoupling, shapes=several,
-    setting=setting, scale=st.sampled_from([1.0, 0.3]), seed=seeds,
-)  # fmt: skip
-def test_together(dtype, decoupled, shapes, setting, scale, seed):
-    """Small parameters, which a GPU updates together, get the bits of one after the other, late starters too."""
-    alone, together = parameters([(4,), *shapes], seed, dtype), parameters([(4,), *shapes], seed, dtype)
-    one, two = AdamW(alone, decoupled=decoupled, **setting), AdamW(together, decoupled=decoupled, **setting)
-    calls, counted = [], adamw.step_together
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adamw, "step_together", lambda *args, **numbers: calls.append(1) or counted(*args, **numbers))
-        for step in range(3):
-            for optimizer, params, is_small in ((one, alone, False), (two, together, True)):
-                patch.setattr(adamw, "is_small", lambda p, answer=is_small: answer)
-                gradients(params, step)
-                params[0].grad = params[0].grad if step else None  # it is one step behind: it has other numbers
-                optimizer.step(grad_scale=scale)
-    assert same(alone, together) and same(*(list(o.state_dict()["state"][1].values())[1:] for o in (one, two)))
-    assert 3 <= len(calls) <= 5  # one in the first step, then two, or one where β = 0 corrects nothing
-
-
 def test_groups():
     """Each parameter group follows its own settings, one added later too."""
     ours, theirs = parameters([(5,), (3, 2), (4,)], 0), parameters([(5,), (3, 2), (4,)], 0)

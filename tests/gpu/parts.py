@@ -277,18 +277,14 @@ def host_reads(method, files, device, out):
 
 
 def syncs(device, args):
-    """How often the host waits for the device in a step: once, for the norm; the loss that is printed is there by then.
-
-    On a CPU float() of that loss is a read too: two.
-    """
-    expected = 1 if device.type == "cuda" else 2
+    """How often the host waits for the device in a step: for the norm, and then for the loss that is printed."""
     with tempfile.TemporaryDirectory() as folder:
         files = kill.make_files(Path(folder))
 
         def one(method):
             found = host_reads(method, files, device, f"{folder}/out/{method}")
             where = ", ".join(f"{n} x {place}" for place, n in found.items())
-            own = expected + (method == "ptuning")  # --template: whether each row has all its places
+            own = 2 + (method == "ptuning")  # --template: whether each row has all its places
             yield row(f"{method}: waits in a step", found.total(), own, found.total() == own, where=where)
 
         yield from attempts(one, [(method,) for method in METHODS])
