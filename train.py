@@ -90,8 +90,7 @@ def fine_tune(args, precision, ranks):
     if args.recompute:
         recompute.recompute(blocks, args.recompute)
     if args.compile:
-        for block in blocks:
-            block.compile()
+        compile_blocks(blocks)
 
     # Engine: one process, ZeRO, FSDP, tensor parallelism or a pipeline. backward adds gradients up; step sums them over
     # ranks, clips their norm, updates by AdamW unless it is inf or NaN, and clears them; whole gathers sharded weights
@@ -132,22 +131,21 @@ def fine_tune(args, precision, ranks):
             with step_memory.step(step, batches[0][0].size(1)):
                 # 2. Forward and backward. The loss is the mean over all scored tokens of the step, whatever share of
                 # them is in each rank and micro-batch
+                loss = 0.0
                 if args.pipeline:  # its stages work on different micro-batches at the same time
                     loss = engine.backward_batches(batches)
                 else:
-                    loss = 0.0
                     for batch in batches:
                         rows = [ranks.share(t) for t in batch]
                         part = mean_loss(model, rows, device) * (count_labels(rows[1]) / scored)
                         objective = part + method.penalty(model) / args.accumulate / world
                         step_memory.after_forward()
                         engine.backward(objective)
-                        loss += part.item()
+                        loss += part.detach()
                 step_memory.after_backward(step)
-                loss = ranks.sum(loss) / ranks.copies
-                check(loss, 0.0, progress, state)
-                # 3. Clip and update
+                # 3. Clip and update. Here the host waits for a GPU, since the update depends on the norm; not before
                 norm = engine.step(learning_rate(step, args), args.clip)
+            loss = ranks.sum(float(loss)) / ranks.copies
             check(loss, norm, progress, state)
             # 4. Log
             progress.step += 1
@@ -191,6 +189,14 @@ def fine_tune(args, precision, ranks):
     if rank == 0:
         rates = [learning_rate(step, args) for step in range(progress.step)]
         report.finish(args, precision, progress, counts, after, step_memory, rates, train.chat, timeline)
+
+
+def compile_blocks(blocks):
+    """torch.compile for each block. All run one code, of which torch makes eight variants at most: too few where a
+    prefix gives each block the keys and values of its own layer."""
+    torch._dynamo.config.cache_size_limit = max(8, 4 * len(blocks))
+    for block in blocks:
+        block.compile()
 
 
 def learning_rate(step, args):

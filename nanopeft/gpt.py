@@ -62,6 +62,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+LOGITS = {"cpu": 1 << 21, "cuda": 1 << 26}  # held at a time; a GPU must start a dozen kernels for each chunk, in 0.1 ms
 CHUNK = 1 << 17  # logits that go through the softmax at a time, per core: 0.5 MB in fp32 fit its L2 cache
 Output = namedtuple("Output", "loss logits past_key_values", defaults=(None, None, None))
 
@@ -169,7 +170,7 @@ class GPT(nn.Module):
         if labels is None:
             return Output(logits=self.lm_head(x[:, -logits_to_keep:]), past_key_values=cache)
         x, labels = x[:, :-1].reshape(-1, x.size(-1)), labels[:, 1:].reshape(-1)  # x[t] is scored on labels[t + 1]
-        rows = max(256, (1 << 21) // self.config.vocab_size)  # held at a time; fewer would not pay a read of the head
+        rows = rows_at_a_time(self.config.vocab_size, x.device)
         return Output(loss=chunked_loss(self.lm_head, x, labels, rows), past_key_values=cache)
 
     def generate(self, input_ids, max_new_tokens=64, **options):
@@ -247,10 +248,20 @@ def generate(model, input_ids, max_new_tokens=64, *, attention_mask=None, temper
 
 # ---------------------------------------------------------------------------------------------------------------- loss
 
+def skips_unlabelled(device):
+    """Whether rows without a label are left out of the loss. To learn their number, the host would wait for a GPU."""
+    return device.type != "cuda"
+
+
 def plain_loss(head, x, labels):
     """Mean cross-entropy of head(x) (n, V) against labels (n,), -100 left out. GPT-2's 206 MB of logits peak at 622."""
     logits = head(x).float()  # (n, V); in bf16 a loss of 10.97 would be rounded to 11
     return F.cross_entropy(logits, labels, ignore_index=-100)
+
+
+def rows_at_a_time(V, device):
+    """Rows of logits that are held at a time. Fewer than 256 would not pay a read of the head."""
+    return max(256, LOGITS.get(device.type, LOGITS["cpu"]) // V)
 
 
 def chunked_loss(head, x, labels, rows):
@@ -279,21 +290,27 @@ class ChunkedLoss(torch.autograd.Function):
         sum_dtype = torch.promote_types(x.dtype, torch.float32)  # bf16 would lose digits, fp16 overflow
         loss = torch.zeros((), dtype=sum_dtype, device=x.device)
         grads = [torch.zeros_like(t, dtype=sum_dtype) for t in (x, *weights)] if need_grad else []
-        for index in (labels != -100).nonzero()[:, 0].split(rows):
+        skips = skips_unlabelled(x.device)
+        scored = (labels != -100).nonzero()[:, 0] if skips else torch.arange(len(labels), device=x.device)
+        for index in scored.split(rows):
             with torch.set_grad_enabled(need_grad):
                 chunk = x.detach()[index].requires_grad_(need_grad)  # (rows, d), cut off from the graph behind x
                 logits = head(chunk)  # (rows, V)
             few = max(1, CHUNK * torch.get_num_threads() // logits.size(1)) if x.is_cpu else rows
             for z, label in zip(logits.detach().split(few), labels[index, None].split(few)):
                 log_p = F.log_softmax(z, -1, dtype=sum_dtype)  # (few, V)
-                loss -= log_p.gather(1, label).sum()
+                unlabelled, label = label < 0, label.clamp(min=0)  # (few, 1)
+                loss -= log_p.gather(1, label).masked_fill_(unlabelled, 0).sum()
                 if need_grad:  # in place: z becomes g; the mean's 1/n waits, or fp16 would underflow
                     z.copy_(log_p.exp_().scatter_add_(1, label, torch.full_like(label, -1, dtype=sum_dtype)))
+                    if not skips:
+                        z.masked_fill_(unlabelled, 0)
             if need_grad:
                 dx, *dw = torch.autograd.grad(logits, (chunk, *weights), logits.detach(), materialize_grads=True)
                 grads[0][index] = dx.to(sum_dtype)
                 for total, part in zip(grads[1:], dw, strict=True):  # in pieces: no fp32 copy of a bf16 part, and on a
-                    for t, p in zip(*(torch.atleast_1d(t).split(1024) for t in (total, part))):  # core 14 ms, not 90
+                    few = 1024 if x.is_cpu else total.numel()  # core 14 ms, not 90; a GPU adds as it reads
+                    for t, p in zip(*(torch.atleast_1d(t).split(few) for t in (total, part))):
                         t += p
             logits = z = dx = dw = part = p = None  # freed before the next chunk is made
         ctx.save_for_backward(*grads)
@@ -319,7 +336,7 @@ def positions_and_mask(position_ids, attention_mask, past, x, limit):
         position_ids = t if attention_mask is None else (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
     elif attention_mask is None and past == 0 and position_ids.dim() == 2:
         example = F.pad(position_ids.diff() != 1, (1, 0)).cumsum(1)  # (B, T), the number of the example in its row
-        packed = example[:, -1].any()
+        packed = x.is_cuda or example[:, -1].any()  # of a GPU the host does not ask it, for it would wait
     if S > limit and position_ids.max() >= limit:  # in this order: max() makes the host wait for a GPU
         raise Error(f"{position_ids.max() + 1} tokens do not fit the model's {limit} positions")
     if attention_mask is None and (past == 0 or T == 1) and not packed:

@@ -197,8 +197,11 @@ def peak(s, found):
     """[(what, formula, bytes)] of the fullest moment (PEAK above), without small tensors; found: all other parts."""
     full, sums = s.method == "full", {part: f"{total(items)}" for part, items in found.items()}
     before = sums if s.accumulate > 1 else {part: of for part, of in sums.items() if part != "gradients"}
-    s.rows = min(max(256, (1 << 21) // s.V), s.B * (s.text - 1))  # gpt.py's loss makes so many rows of logits at a time
-    s.chunk = min(s.rows * s.V, LOSS_CHUNK * torch.get_num_threads())  # and takes so many of them through the softmax
+    on_gpu = getattr(s, "device", "cpu") == "cuda"
+    at_once = 1 << 26 if on_gpu else 1 << 21  # gpt.py's loss makes so many logits at a time
+    s.rows = min(max(256, at_once // s.V), s.B * (s.text - 1))
+    # and takes so many of them through the softmax
+    s.chunk = s.rows * s.V if on_gpu else min(s.rows * s.V, LOSS_CHUNK * torch.get_num_threads())
     x = "(3*n + 3*rows)*d*e" if s.T > s.text else "(2*n + 3*rows)*d*e"  # one copy more to cut off virtual tokens
     one, two = (total(activations(SimpleNamespace(**vars(s) | {"L": L, "R": 0}))) for L in (1, 2))
     again = {"a block again": f"{two - one}", "freed: the block's input, last norm, loss": "-3*n*d*e"}
@@ -221,9 +224,12 @@ def step_bytes(s):
     return found | {"peak": peak(s, found)}
 
 
-def predict(config, *run, **settings):
+def predict(config, *run, device="cpu", **settings):
     """The same from config.json's dict and (method, precision, batch, length, accumulate, **settings)."""
-    return step_bytes(run_of(sizes_of(config), *run, **settings))
+    s = run_of(sizes_of(config), *run, **settings)
+    s.device = device  # "cuda": larger chunks of the loss
+    return step_bytes(s)
+
 
 # ------------------------------------------------------------------------------------------------------------ plumbing
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

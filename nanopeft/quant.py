@@ -77,7 +77,6 @@ GPTQ, 2210.17323; AWQ, 2306.00978; KIVI, 2402.02750; QAT, 1712.05877; fp8, 2209.
 """
 
 import math
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -200,7 +199,6 @@ def dequantize_nf4_plain(packed, absmax, shape, block_size=64):
 
 # The same as it is used. On one core, 768 x 3072 weights are dequantized in 8.3 ms plainly and in 1.8 ms here. A QLoRA
 # step does it twice, beside two products of 23 ms (bf16, 1,024 tokens), so a fifth of the layer's time is won.
-@cache
 def code_pairs(device):
     """Both codes of each of the 256 bytes. Two fp32 numbers are one int64 here: torch looks those up fastest."""
     return torch.cartesian_prod(nf4_codes(device), nf4_codes(device)).view(torch.int64).flatten()  # (256,)
@@ -214,14 +212,17 @@ def dequantize_nf4(packed, absmax, shape, dtype=torch.float32, block_size=64):
     if len(packed) != (n + 1) // 2:
         raise Error(f"{len(packed)} bytes do not fit {n} numbers: two of them are in a byte")
     byte = to_groups(packed, block_size // 2)  # (blocks, block_size / 2)
+    pairs = table(code_pairs, packed.device)
+    if torch.compiler.is_compiling():  # one kernel looks up, multiplies and rounds: a view of int64 would split it
+        codes = pairs.view(torch.float32).view(256, 2)[byte.int()].flatten(1)  # (blocks, block_size)
+        return from_groups((codes * absmax[:, None]).to(dtype), shape)
     x = torch.empty(len(byte), block_size, dtype=dtype, device=packed.device)
     for out, byte_part, a in pieces(x, byte, absmax[:, None]):
-        codes = code_pairs(packed.device).index_select(0, byte_part.flatten().int()).view(torch.float32)
+        codes = pairs.index_select(0, byte_part.flatten().int()).view(torch.float32)
         out.copy_(codes.view(out.shape).mul_(a))
     return from_groups(x, shape)
 
 
-@cache
 def dynamic_map(device):
     """bitsandbytes' 256 codes in [-1, 1]: 2^i of each sign from 10^(i-7) to 10^(i-6), so seven decades, fine near 0."""
     fp32 = dict(dtype=torch.float32, device="cpu")  # whatever the default is at the first call
@@ -246,13 +247,13 @@ def quantize_scales(absmax):
     scaled = (groups * (1 / scale2)).nan_to_num(-1)  # all blocks alike give 0 / 0, in bitsandbytes -1
     # Only for equal bits: bitsandbytes first rounds to a grid of 2^16 numbers. It changes 2 codes in a thousand.
     scaled = 2 * ((scaled.clamp(-1, 1) + 1) * 0.5 * 65535 + 0.5).floor() / 65535 - 1
-    q = nearest(scaled, dynamic_map(absmax.device)).to(torch.uint8)
+    q = nearest(scaled, table(dynamic_map, absmax.device)).to(torch.uint8)
     return from_groups(q, absmax.shape).clone(), scale2[:, 0], mean  # a view would keep the padding
 
 
 def dequantize_scales(q, scale2, mean):
     """absmax = map[q] · scale2 + mean."""
-    groups = to_groups(dynamic_map(q.device).index_select(0, q.int()), 256)  # (groups, 256)
+    groups = to_groups(table(dynamic_map, q.device).index_select(0, q.int()), 256)  # (groups, 256)
     check_scale(scale2, len(groups))
     return from_groups(groups * scale2[:, None], q.shape).add_(mean)
 
@@ -316,8 +317,20 @@ class Error(ValueError):
     """A tensor or an argument that cannot be used; the message says what would be right."""
 
 
+TABLES = {}  # not functools.cache, past which torch.compile makes the table again at each call
+
+
+def table(make, device):
+    """make(device), which is made once for each device."""
+    if (make, device) not in TABLES:
+        TABLES[make, device] = make(device)
+    return TABLES[make, device]
+
+
 def pieces(*tensors):
     """The same rows of all tensors, 2^17 numbers per core at a time: temporaries stay small, on a CPU in its cache."""
+    if torch.compiler.is_compiling():  # which keeps no temporary, and traces no number of threads
+        return [tensors]
     numbers = torch.get_num_threads() << 17 if tensors[0].device.type == "cpu" else 1 << 24
     return zip(*(t.split(max(1, numbers // tensors[0].size(1))) for t in tensors))
 

@@ -521,8 +521,7 @@ def test_the_default_type_does_not_matter(dtype):
         return packed, scale, *stored, quant.dequantize_nf4(packed, quant.dequantize_scales(*stored), x.shape)
 
     expected = all_of_it()
-    for table in (quant.code_pairs, quant.dynamic_map):
-        table.cache_clear()
+    quant.TABLES.clear()
     torch.set_default_dtype(dtype)
     try:
         found = all_of_it()

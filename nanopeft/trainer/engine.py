@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from nanopeft import adamw, pipeline, tensor_parallel, zero
-from nanopeft.trainer.evaluate import mean_loss
+from nanopeft.trainer.evaluate import mean_loss, to_device
 
 
 def in_groups(params, args):
@@ -46,6 +46,7 @@ class Engine:
     def __init__(self, args, model, blocks, dtype, rebuild):
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.model, self.shapes = model, {name: p.shape for name, p in params.items()}  # before they are sharded
+        self.compiles = args.compile
         groups, settings = in_groups(params, args), {"lr": args.lr, "betas": (0.9, 0.95)}
         if args.fsdp:
             self.inner = FSDP(model, blocks, dtype, args, rebuild, **settings)
@@ -70,12 +71,12 @@ class Engine:
     def backward_batches(self, batches):
         """A pipeline's forward and backward of all micro-batches of a step, and their loss: the same on every rank."""
         device = self.inner.table.device
-        inputs = [{"input_ids": ids.to(device), "labels": labels.to(device)} for ids, labels in batches]
+        inputs = [dict(zip(("input_ids", "labels"), to_device(batch, device))) for batch in batches]
         return self.inner.backward(inputs, self.loss_scale)
 
     def loss(self, rows):
         staged = isinstance(self.inner, pipeline.Pipeline)  # no stage can compute it alone
-        with torch.no_grad(), self.whole() if staged else nullcontext(self.model) as model:
+        with torch.no_grad(), self.uncompiled(), self.inner.whole() if staged else nullcontext(self.model) as model:
             return mean_loss(model, rows, rows[0].device).item()
 
     def step(self, lr, clip):
@@ -91,8 +92,16 @@ class Engine:
             self.loss_scale, self.clean = self.loss_scale * 2, 0
         return norm
 
+    @contextmanager
     def whole(self):
-        return self.inner.whole()
+        with self.inner.whole() as model, self.uncompiled():
+            yield model
+
+    def uncompiled(self):
+        """Outside of training blocks run as they are: torch.compile makes a few variants of a function, and then none.
+        Validation and generation would use them up, with other shapes and a cache, and training would get no more."""
+        has_stance = self.compiles and hasattr(torch.compiler, "set_stance")  # from torch 2.6 on
+        return torch.compiler.set_stance("force_eager") if has_stance else nullcontext()
 
     def state_dict(self):
         return self.inner.state_dict()

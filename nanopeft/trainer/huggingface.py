@@ -134,7 +134,7 @@ def with_loss(model):
         with head.register_forward_pre_hook(keep):
             out = kind.forward(self, *args, **options)
         x, labels = seen[0][:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # x[t] is scored on labels[t + 1]
-        rows = max(256, (1 << 21) // self.config.get_text_config().vocab_size)  # as in gpt.GPT
+        rows = gpt.rows_at_a_time(self.config.get_text_config().vocab_size, x.device)
         return type(out)(**{**out, "loss": gpt.chunked_loss(head, x, labels, rows), "logits": None})
 
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}  # save_pretrained writes the name

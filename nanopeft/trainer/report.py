@@ -111,7 +111,8 @@ def predict(model, args, precision, length):
         how |= {"tokens": model.n_tokens, "template": model.template is not None}
     try:
         found = memory.predict(
-            vars(model.config), args.method, precision, args.batch, length, args.accumulate, args.recompute or 0, **how
+            vars(model.config), args.method, precision, args.batch, length, args.accumulate, args.recompute or 0,
+            device=torch.device(args.device).type, **how,
         )
     except memory.Error:
         return {}

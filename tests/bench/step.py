@@ -3,6 +3,7 @@
 
     python tests/bench/step.py --shape gpt2 --steps 10 --out out/bench/gpt2       a table, gpt2.json and gpt2.png
     python tests/bench/step.py --growth --shape nano --out out/bench/growth       LoRA over batch, length and rank
+    python tests/bench/step.py --device cuda --shape llama --methods lora         on a GPU, eager and compiled
 
 Random weights, random tokens, bf16, 4 x 256 tokens. Each side runs in a process of its own; they take turns step by
 step, so that other load on the machine hits each alike: only the ratios mean something. Seconds are the best round's;
@@ -13,6 +14,10 @@ tokens, and gradients and optimizer were not there; "tight" is the same ratio in
 malloc keeps in its heap are given back.
 
 On a CPU without bf16 instructions both sides run in fp32, as train.py does there.
+
+On a GPU each side computes alone, one after the other, with a batch that fills it: halved until it fits. Its
+seconds are the mean of all steps between two waits for the GPU, its memory is torch's max_memory_allocated, and the
+share is of the card's dense bf16 rate.
 """
 
 import argparse
@@ -39,6 +44,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from nanopeft import adamw, gpt, lora, prefix, prompt, ptuning, qlora
+from nanopeft.trainer import bases, huggingface
 from nanopeft.trainer.process import slower_than_fp32
 
 BF16 = torch.bfloat16
@@ -46,6 +52,13 @@ SHAPES = {
     "nano": dict(vocab_size=3072, n_positions=512, n_embd=256, n_layer=6, n_head=4),
     "gpt2": dict(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12),
 }
+SHAPES["medium"] = SHAPES["gpt2"] | dict(n_embd=1024, n_layer=24, n_head=16)
+LLAMA = dict(  # the shape of Llama 3.2 1B
+    vocab_size=128256, max_position_embeddings=1024, hidden_size=2048, num_hidden_layers=16, num_attention_heads=32,
+    num_key_value_heads=8, intermediate_size=8192, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
+)  # fmt: skip
+BATCH = {"nano": 256, "gpt2": 32, "medium": 16, "llama": 8}  # of 1,024 tokens, on a card of 80 GB
+RATES = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 products, from the cards' data sheets
 METHODS = ("full", "lora", "qlora", "prefix", "prompt", "ptuning")
 N = 20  # tokens of a prefix or prompt
 # name: (type of the base, type of what is trained, autocast, GPT-2's activation as transformers calls it)
@@ -64,8 +77,13 @@ MATMUL = 2048
 # -------------------------------------------------------------------------------------------------------- the two sides
 
 
-def our_model(method, shape, rank, dtype):
-    model = gpt.GPT(**SHAPES[shape]).to(dtype)
+def our_model(method, shape, rank, dtype, device="cpu"):
+    if shape == "llama":
+        import transformers
+
+        model = huggingface.with_loss(llama(transformers, dtype).to(device))
+    else:
+        model = gpt.GPT(**SHAPES[shape]).to(device, dtype)
     if method == "lora":
         lora.add_lora(model, r=rank)
     elif method == "qlora":
@@ -79,17 +97,37 @@ def our_model(method, shape, rank, dtype):
     return model
 
 
-def peer_model(method, shape, rank, base_type, own_type, autocast, activation):
-    import peft
+def llama(transformers, dtype):
+    config = transformers.LlamaConfig(**LLAMA, attn_implementation="sdpa")
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).to(dtype)
+    model.to_empty(device="cpu")  # drawing a thousand million numbers on a CPU would take longer than the race
+    for name, p in model.named_parameters():
+        p.data.fill_(1.0) if "norm" in name else p.data.view(-1)[:].copy_(noise(p.numel(), dtype))
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its table was made on "meta" too
+    return model
+
+
+def noise(n, dtype):
+    """n numbers of deviation 0.02, which repeat after 2^20."""
+    some = 0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+    return some.to(dtype).repeat(-(-n // len(some)))[:n]
+
+
+def peer_model(method, shape, rank, base_type, own_type, autocast, activation, device="cpu"):
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    config = transformers.GPT2Config(
-        **SHAPES[shape], bos_token_id=0, eos_token_id=None, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0,
-        activation_function=activation, attn_implementation="sdpa",
-    )  # fmt: skip
-    model = transformers.GPT2LMHeadModel(config).to(base_type)
+    if shape == "llama":
+        model = llama(transformers, base_type)
+    else:
+        config = transformers.GPT2Config(
+            **SHAPES[shape], bos_token_id=0, eos_token_id=None, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0,
+            activation_function=activation, attn_implementation="sdpa",
+        )  # fmt: skip
+        model = transformers.GPT2LMHeadModel(config).to(base_type)
     if method == "qlora":
         four_bit = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
@@ -97,13 +135,18 @@ def peer_model(method, shape, rank, base_type, own_type, autocast, activation):
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            options = dict(quantization_config=four_bit, dtype=base_type, device_map={"": "cpu"})
+            options = dict(quantization_config=four_bit, dtype=base_type, device_map={"": device})
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    model = model if method == "qlora" else model.to(device)
+    if method in ("full", "generate"):
+        return model
+    import peft
+
     prompts = dict(task_type="CAUSAL_LM", num_virtual_tokens=N)
-    d = SHAPES[shape]["n_embd"]
+    d = LLAMA["hidden_size"] if shape == "llama" else SHAPES[shape]["n_embd"]
     adapter = {
         "lora": lambda: peft.LoraConfig(
-            task_type="CAUSAL_LM", target_modules="all-linear", r=rank, lora_alpha=16, fan_in_fan_out=True
+            task_type="CAUSAL_LM", target_modules="all-linear", r=rank, lora_alpha=16, fan_in_fan_out=shape != "llama"
         ),
         "prefix": lambda: peft.PrefixTuningConfig(**prompts),
         "prompt": lambda: peft.PromptTuningConfig(**prompts),
@@ -111,8 +154,6 @@ def peer_model(method, shape, rank, base_type, own_type, autocast, activation):
             **prompts, encoder_reparameterization_type="LSTM", encoder_hidden_size=d // 2, encoder_num_layers=2
         ),
     }
-    if method in ("full", "generate"):
-        return model
     model = peft.get_peft_model(model, adapter["lora" if method == "qlora" else method]())
     for p in model.parameters():
         if p.requires_grad:
@@ -231,15 +272,168 @@ def flops(method, shape, batch, length, rank):
 
     A linear layer with P weights takes 2 P for each token forward, 2 P for dx, and 2 P for dW if W is trained.
     """
-    V, _, d, layers, _ = SHAPES[shape].values()
+    if shape == "llama":
+        V, d, layers, f = (LLAMA[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"))
+        w = d * LLAMA["num_key_value_heads"] // LLAMA["num_attention_heads"]  # width of the keys
+        linears = [(d, d), (d, w), (d, w), (d, d), (d, f), (d, f), (f, d)]
+    else:
+        V, _, d, layers, _ = SHAPES[shape].values()
+        linears = [(d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)]
     seen = length + (N if method in ("prompt", "ptuning") else 0)  # tokens computed
     keys = seen / 2 + (N if method == "prefix" else 0)  # keys that a query sees, in the mean
-    weights = layers * 12 * d * d + V * d
+    weights = layers * sum(i * o for i, o in linears) + V * d
     per_token = (6 if method == "full" else 4) * weights
     per_token += layers * 3 * 4 * d * keys  # q K' and p V: 4 d for each key forward, twice that backward
     if method in ("lora", "qlora"):
-        per_token += 6 * layers * rank * 18 * d  # in + out of the four linears: 4 d, 2 d, 5 d and 5 d, and r V for none
+        per_token += 6 * layers * rank * sum(i + o for i, o in linears)
     return batch * seen * per_token
+
+
+# ------------------------------------------------------------------------------------------------------------ on a GPU
+
+
+def work_on_gpu(pipe):
+    """A process for one side: to each of run_on_gpu's arguments it answers {"seconds", ...}, or {"error": a line}."""
+    warnings.simplefilter("ignore")
+    while True:
+        try:
+            arguments = pipe.recv()
+        except EOFError:  # the race is over
+            return
+        try:
+            pipe.send(run_on_gpu(*arguments))
+        except Exception as error:
+            memory = isinstance(error, torch.OutOfMemoryError)
+            line = "out of memory" if memory else (str(error).strip() or repr(error)).splitlines()[-1][:200]
+            pipe.send({"error": line})
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def ask(workers, side, arguments, limit):
+    """The answer of a side's process, which is started where there is none, and ended after an error."""
+    if side not in workers:
+        context = multiprocessing.get_context("spawn")
+        pipe, other = context.Pipe()
+        workers[side] = context.Process(target=work_on_gpu, args=(other,), daemon=True), pipe
+        workers[side][0].start()
+        other.close()
+    process, pipe = workers[side]
+    pipe.send((side, *arguments))
+    try:
+        found = pipe.recv() if pipe.poll(limit) else {"error": f"not done after {limit:.0f} s"}
+    except EOFError:
+        process.join()
+        found = {"error": f"ended with exit code {process.exitcode}"}
+    if "error" in found:  # a clean one for the next
+        process.kill()
+        process.join()
+        del workers[side]
+    return found
+
+
+def run_on_gpu(side, method, shape, batch, length, rank, steps, device, compiled):
+    on_gpu, context = device == "cuda", contextlib.nullcontext
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    torch.manual_seed(0)
+    if compiled:
+        torch._dynamo.reset()
+    if side == "ours":
+        model = our_model(method, shape, rank, BF16, device)
+        base, options = getattr(model, "model", model) if method in ("prefix", "prompt", "ptuning") else model, {}
+    else:
+        kind = "fp32 + autocast" if method == "full" else "bf16, fused gelu"  # full: ours keeps fp32 master copies
+        base_type, own_type, autocast, _ = PEERS[kind]
+        model = peer_model(method, shape, rank, base_type, own_type, autocast, "gelu_pytorch_tanh", device)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        options = {} if method == "prefix" else {"use_cache": False}
+        if autocast:
+            context = lambda: torch.autocast(device, dtype=BF16)  # noqa: E731
+    model.train()
+    if compiled:
+        torch._dynamo.config.cache_size_limit = 256
+        for block in bases.blocks(base):
+            block.compile()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if side == "ours":
+        optimizer = adamw.AdamW(trained, compile=compiled)
+    else:
+        optimizer = torch.optim.AdamW(trained, fused=True)
+    ids = torch.randint(LLAMA["vocab_size"] if shape == "llama" else SHAPES[shape]["vocab_size"], (batch, length))
+    ids = ids.to(device)
+
+    def step():
+        with context():
+            loss = model(input_ids=ids, labels=ids, **options).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    began = time.perf_counter()
+    for _ in range(3):  # the first ones allocate, and compile
+        step()
+    wait()
+    first = time.perf_counter() - began
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    wait()
+    seconds = (time.perf_counter() - began) / steps
+    memory = torch.cuda.max_memory_allocated() if on_gpu else None
+    return dict(seconds=seconds, memory=memory, first_steps=first, trained=sum(p.numel() for p in trained))
+
+
+def card_rate():
+    """The dense bf16 rate of the card, if it is known. A slice of a card has less."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((rate for card, rate in RATES.items() if card in name and "MIG" not in name), None)
+
+
+def race_on_gpu(workers, method, shape, batch, args, compiled):
+    """One row: each side with a batch that it has memory for. A side that fails has an "error" instead.
+
+    workers: a dict of the two sides' processes, kept from row to row.
+    """
+    row = dict(method=method, shape=shape, compiled=compiled, length=args.length)
+    for side in ("ours", "peer"):
+        n, found = batch, {"error": "out of memory"}
+        while n and found.get("error") == "out of memory":
+            arguments = (method, shape, n, args.length, args.rank, args.steps, args.device, compiled)
+            found = ask(workers, side, arguments, args.limit)
+            found["batch"], n = n, n // 2
+        if "seconds" in found:
+            found["tokens_per_second"] = found["batch"] * args.length / found["seconds"]
+            found["flops"] = flops(method, shape, found["batch"], args.length, args.rank) / found["seconds"]
+            found["share"] = found["flops"] / card_rate() if args.device == "cuda" and card_rate() else None
+        row[side] = found
+    if "seconds" in row["ours"] and "seconds" in row["peer"]:
+        row["speed"] = row["ours"]["tokens_per_second"] / row["peer"]["tokens_per_second"]
+    return row
+
+
+def gpu_batch(shape, length):
+    """BATCH, for this card's memory and rows of this length: a power of two."""
+    size = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 80e9
+    return 1 << max(0, math.floor(math.log2(max(1, BATCH[shape] * 1024 / length * size / 79e9))))
+
+
+def gpu_line(row):
+    parts = [f"{row['shape']:7}{row['method']:8}{'compiled' if row['compiled'] else 'eager':9}"]
+    for side in ("ours", "peer"):
+        x = row[side]
+        if "error" in x:
+            parts.append(f"{side}: {x['error']}")
+        else:
+            share = f", {x['share']:.1%} of the card's rate" if x["share"] else ""
+            memory = f", {x['memory'] / 1e9:.2f} GB" if x["memory"] else ""
+            parts.append(f"{side} {x['tokens_per_second']:,.0f} tokens/s{memory}{share}, batch {x['batch']}")
+    return "; ".join(parts) + (f"; {row['speed']:.2f} x" if "speed" in row else "")
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
 
 
 def compare(method, shape, batch, rank, args):
@@ -331,19 +525,41 @@ def chart(rows, path):
     figure.savefig(path, dpi=120)
 
 
+def main_on_gpu(args):
+    if not torch.cuda.is_available():
+        sys.exit("step.py: --device cuda, and torch finds no GPU here")
+    args.length, rows, workers = args.length or 1024, [], {}
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, bf16")
+    for method in [m for m in args.methods if m != "generate"]:
+        for compiled in (False, True):
+            batch = args.batch or gpu_batch(args.shape, args.length)
+            rows.append(race_on_gpu(workers, method, args.shape, batch, args, compiled))
+            print(gpu_line(rows[-1]), flush=True)
+            if args.out:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="gpt2")
+    parser.add_argument("--shape", choices=(*SHAPES, "llama"), default="gpt2")
     parser.add_argument("--methods", nargs="+", choices=(*METHODS, "generate"), default=(*METHODS, "generate"))
     parser.add_argument("--steps", type=int, default=10, help="rounds that count, after two that do not")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--batch", type=int, help="rows (4; on a GPU as many as fill it)")
+    parser.add_argument("--length", type=int, help="tokens of a row (256; on a GPU 1,024)")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--growth", action="store_true", help="how time and memory of LoRA grow, instead")
     parser.add_argument("--out", type=Path, help="a path without suffix: .json and .png are added")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--limit", type=float, default=120, help="on a GPU: seconds for each side of a race")
     args = parser.parse_args()
+    if args.device == "cuda":
+        return main_on_gpu(args)
+    if args.shape == "llama":
+        parser.error("--shape llama is for --device cuda")
+    args.batch, args.length = args.batch or 4, args.length or 256
     args.dtype = torch.float32 if slower_than_fp32(BF16) else BF16  # once: all processes must do the same
     size = f"{args.shape}, {args.dtype}, {args.batch} x {args.length} tokens"
     print(f"torch {torch.__version__}, {args.threads} threads, {size}, {args.clock} seconds")
