@@ -69,7 +69,7 @@ def prune(model, optimizer, args):
 LORA = {"lr": 5e-3, "rank": 8, "alpha": 16.0, "targets": "all-linear", "ranks": None, "lora_plus": None}
 LORA_FILES = (lora.lora_state_dict, lora.lora_config, lora.load_lora_state_dict)
 METHODS = {
-    "full": Method({"lr": 1e-3}),
+    "full": Method({"lr": 3e-4}),
     "lora": Method(
         LORA | {"init": "kaiming"}, lora.add_lora, lora_settings, ("LORA",), peft_config.lora_arguments, *LORA_FILES,
     ),
@@ -196,7 +196,9 @@ def add(model, args, encoding, train):
 
 def default_rate(args, base_size):
     """Large models take smaller learning rates (measured: the embedded base of 5.7 M parameters, SmolLM2-135M). So does
-    PiSSA, whose factors are large from the start."""
+    PiSSA, whose factors are large from the start. Random weights have nothing to forget, and take a larger one."""
+    if args.base == "scratch":
+        return 1e-3
     small = (5 if base_size > 50e6 else 1) * (5 if args.init == "pissa" else 1)
     return METHODS[args.method].defaults["lr"] / small
 
