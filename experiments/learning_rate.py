@@ -24,12 +24,13 @@ SETTINGS = {
 def tables(found):
     rates = sorted({rate for some in RATES.values() for rate in some})
 
-    def of(key):
-        return [[name, *(run.shown(found[one], key) if (one := f"{name}, lr {rate}") in found else "" for rate in rates)]
-                for name in CURVES]  # fmt: skip
+    def of(key, title):
+        settings = {name: [f"{name}, lr {rate}" for rate in rates] for name in CURVES}
+        rows = [[name, *(run.shown(found[one], key) if one in found else "" for one in row)]
+                for name, row in settings.items()]  # fmt: skip
+        return run.table([title, *(f"lr {rate}" for rate in rates)], rows)
 
-    header = [f"lr {rate}" for rate in rates]
-    return run.table(["loss", *header], of("loss_after")) + "\n\n" + run.table(["forgotten", *header], of("forgotten"))
+    return of("loss_after", "loss") + "\n\n" + of("forgotten", "forgotten")
 
 
 def draw(found):

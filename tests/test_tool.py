@@ -262,12 +262,16 @@ def test_wrong_use_is_one_line(monkeypatch, files, tmp_path, capsys, flags, says
     assert not [*tmp_path.iterdir()]
 
 
-RATES = [(60e6, "", 0.001), (40e6, "", 0.005), (60e6, "--lr 0", 0), (40e6, "--init pissa", 0.001)]
+RATES = [
+    (60e6, "", 0.001), (40e6, "", 0.005), (60e6, "--lr 0", 0), (40e6, "--init pissa", 0.001),
+    (5e6, "--base scratch --method full", 0.001),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("size, flags, rate", RATES)
 def test_large_models_take_smaller_rates(monkeypatch, files, tmp_path, capsys, size, flags, rate):
-    """Without --lr a base of over 50 million parameters is trained with a fifth of the method's rate; so is PiSSA."""
+    """Without --lr a base of over 50 million parameters is trained with a fifth of the method's rate, and so is PiSSA.
+    Random weights are trained with 1e-3."""
     default = methods.default_rate
     monkeypatch.setattr(methods, "default_rate", lambda args, _: default(args, size))
     quick = f"--base {files}/base --data {files}/a.txt --steps 1 --batch 2 --length 32 --out {tmp_path} {flags}"
