@@ -19,8 +19,8 @@ def test_part(part, tmp_path):
     assert not [row for row in rows if row.get("ok") is False]
 
 
-def test_the_host_waits_once_a_step(tmp_path):
-    """On a CPU too it can be counted what would make the host wait for a GPU: the norm alone, in each method's step."""
+def test_the_host_waits_for_the_norm_and_the_loss(tmp_path):
+    """On a CPU too it can be counted what would make the host wait for a GPU in a step: the two numbers of each method."""
     rows, end = RUN["run_part"]("syncs", "cpu", tmp_path, 300)
     assert end == "done" and len(rows) == 12
     assert not [row for row in rows if not row["ok"]]
