@@ -20,7 +20,7 @@ def test_part(part, tmp_path):
 
 
 def test_the_host_waits_for_the_norm_and_the_loss(tmp_path):
-    """On a CPU too it can be counted what would make the host wait for a GPU in a step: the two numbers of each method."""
+    """On a CPU too it can be counted what would make the host wait for a GPU in a step: two numbers, in each method."""
     rows, end = RUN["run_part"]("syncs", "cpu", tmp_path, 300)
     assert end == "done" and len(rows) == 12
     assert not [row for row in rows if not row["ok"]]
