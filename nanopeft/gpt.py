@@ -62,7 +62,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-LOGITS = {"cpu": 1 << 21, "cuda": 1 << 26}  # held at a time; a GPU must start a dozen kernels for each chunk, in 0.1 ms
+LOGITS = {"cpu": 1 << 21, "cuda": 1 << 26}  # held at a time; each chunk costs a GPU the start of a dozen kernels
 CHUNK = 1 << 17  # logits that go through the softmax at a time, per core: 0.5 MB in fp32 fit its L2 cache
 Output = namedtuple("Output", "loss logits past_key_values", defaults=(None, None, None))
 
@@ -248,11 +248,6 @@ def generate(model, input_ids, max_new_tokens=64, *, attention_mask=None, temper
 
 # ---------------------------------------------------------------------------------------------------------------- loss
 
-def skips_unlabelled(device):
-    """Whether rows without a label are left out of the loss. To learn their number, the host would wait for a GPU."""
-    return device.type != "cuda"
-
-
 def plain_loss(head, x, labels):
     """Mean cross-entropy of head(x) (n, V) against labels (n,), -100 left out. GPT-2's 206 MB of logits peak at 622."""
     logits = head(x).float()  # (n, V); in bf16 a loss of 10.97 would be rounded to 11
@@ -262,6 +257,11 @@ def plain_loss(head, x, labels):
 def rows_at_a_time(V, device):
     """Rows of logits that are held at a time. Fewer than 256 would not pay a read of the head."""
     return max(256, LOGITS.get(device.type, LOGITS["cpu"]) // V)
+
+
+def skips_unlabelled(device):
+    """Whether rows without a label are left out. To learn their number, the host would have to wait for a GPU."""
+    return device.type != "cuda"
 
 
 def chunked_loss(head, x, labels, rows):
@@ -309,8 +309,7 @@ class ChunkedLoss(torch.autograd.Function):
                 dx, *dw = torch.autograd.grad(logits, (chunk, *weights), logits.detach(), materialize_grads=True)
                 grads[0][index] = dx.to(sum_dtype)
                 for total, part in zip(grads[1:], dw, strict=True):  # in pieces: no fp32 copy of a bf16 part, and on a
-                    few = 1024 if x.is_cpu else total.numel()  # core 14 ms, not 90; a GPU adds as it reads
-                    for t, p in zip(*(torch.atleast_1d(t).split(few) for t in (total, part))):
+                    for t, p in zip(*(torch.atleast_1d(t).split(1024) for t in (total, part))):  # core 14 ms, not 90
                         t += p
             logits = z = dx = dw = part = p = None  # freed before the next chunk is made
         ctx.save_for_backward(*grads)
@@ -336,7 +335,7 @@ def positions_and_mask(position_ids, attention_mask, past, x, limit):
         position_ids = t if attention_mask is None else (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
     elif attention_mask is None and past == 0 and position_ids.dim() == 2:
         example = F.pad(position_ids.diff() != 1, (1, 0)).cumsum(1)  # (B, T), the number of the example in its row
-        packed = x.is_cuda or example[:, -1].any()  # of a GPU the host does not ask it, for it would wait
+        packed = x.is_cuda or example[:, -1].any()  # to ask a GPU, the host would have to wait for it
     if S > limit and position_ids.max() >= limit:  # in this order: max() makes the host wait for a GPU
         raise Error(f"{position_ids.max() + 1} tokens do not fit the model's {limit} positions")
     if attention_mask is None and (past == 0 or T == 1) and not packed:

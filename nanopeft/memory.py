@@ -197,11 +197,10 @@ def peak(s, found):
     """[(what, formula, bytes)] of the fullest moment (PEAK above), without small tensors; found: all other parts."""
     full, sums = s.method == "full", {part: f"{total(items)}" for part, items in found.items()}
     before = sums if s.accumulate > 1 else {part: of for part, of in sums.items() if part != "gradients"}
-    on_gpu = getattr(s, "device", "cpu") == "cuda"
-    at_once = 1 << 26 if on_gpu else 1 << 21  # gpt.py's loss makes so many logits at a time
-    s.rows = min(max(256, at_once // s.V), s.B * (s.text - 1))
-    # and takes so many of them through the softmax
-    s.chunk = s.rows * s.V if on_gpu else min(s.rows * s.V, LOSS_CHUNK * torch.get_num_threads())
+    s.rows = min(max(256, LOGITS[s.device] // s.V), s.B * (s.text - 1))  # gpt.py's loss makes so many rows of logits
+    s.chunk = s.rows * s.V  # at a time, and takes so many logits through the softmax
+    if s.device == "cpu":
+        s.chunk = min(s.chunk, LOSS_CHUNK * torch.get_num_threads())
     x = "(3*n + 3*rows)*d*e" if s.T > s.text else "(2*n + 3*rows)*d*e"  # one copy more to cut off virtual tokens
     one, two = (total(activations(SimpleNamespace(**vars(s) | {"L": L, "R": 0}))) for L in (1, 2))
     again = {"a block again": f"{two - one}", "freed: the block's input, last norm, loss": "-3*n*d*e"}
@@ -224,16 +223,15 @@ def step_bytes(s):
     return found | {"peak": peak(s, found)}
 
 
-def predict(config, *run, device="cpu", **settings):
+def predict(config, *run, **settings):
     """The same from config.json's dict and (method, precision, batch, length, accumulate, **settings)."""
-    s = run_of(sizes_of(config), *run, **settings)
-    s.device = device  # "cuda": larger chunks of the loss
-    return step_bytes(s)
+    return step_bytes(run_of(sizes_of(config), *run, **settings))
 
 
 # ------------------------------------------------------------------------------------------------------------ plumbing
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 LOSS_CHUNK = 1 << 17  # gpt.py's CHUNK
+LOGITS = {"cpu": 1 << 21, "cuda": 1 << 26}  # and its LOGITS
 SETTINGS = {  # the arguments of each method's own file, with the defaults there
     "full": {}, "lora": {"rank": 8, "targets": "all-linear"}, "prompt": {"tokens": 20},
     "qlora": {"rank": 8, "targets": "all-linear", "quant": "nf4"}, "prefix": {"tokens": 20, "hidden": None},
@@ -316,14 +314,15 @@ def find_sizes(name):
     return SimpleNamespace(Ψ=n, Ψ_q=n, linears={})
 
 
-def run_of(s, method, precision="fp32", batch=16, length=128, accumulate=1, recompute=0, **settings):
-    """The sizes s together with those of a run. recompute: every so many blocks; 0: none."""
+def run_of(s, method, precision="fp32", batch=16, length=128, accumulate=1, recompute=0, device="cpu", **settings):
+    """The sizes s together with those of a run. recompute: every so many blocks; 0: none. device: cpu or cuda."""
     if settings.keys() - SETTINGS[method].keys():
         raise Error(f"{method} takes {', '.join(SETTINGS[method]) or 'no settings'}, not {', '.join(settings)}")
     settings, letters = SETTINGS[method] | settings, {"rank": "r", "bottleneck": "m", "tokens": "p"}
     s = SimpleNamespace(**vars(s) | {letters.get(name, name): value for name, value in settings.items()})
     s.method, s.accumulate, s.B, s.text, s.e = method, accumulate, batch, length, BYTES[precision]
     s.T = length + (s.p if method in ("prompt", "ptuning") and not settings.get("template") else 0)
+    s.device = device if device in LOGITS else "cpu"
     s.every, s.R = recompute, -(-s.L // recompute) if recompute else 0  # R recomputed blocks
     s.n, s.m = s.B * s.T, settings.get("bottleneck") or max(1, s.d // 16)
     s.sites = 2 if settings.get("placement") == "houlsby" else 1

@@ -526,7 +526,7 @@ def test_defaults_are_those_of_the_techniques():
 
 def test_the_constant_is_gpts_own():
     """The logits that go through the softmax at once are those of gpt.py."""
-    assert memory.LOSS_CHUNK == gpt.CHUNK
+    assert memory.LOSS_CHUNK == gpt.CHUNK and memory.LOGITS == gpt.LOGITS
 
 
 def test_the_base_is_in_the_table():
