@@ -100,7 +100,7 @@ def main():
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("run.py: torch finds no GPU here; --device cpu checks the same code without one")
+        parser.error("torch finds no GPU here; --device cpu checks the same code without one")
     began = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     report = {"about": about(args.device), "parts": {}}
