@@ -74,9 +74,26 @@ class Error(ValueError):
 # --------------------------------------------------------------------------------------------------------------- model
 
 def plain_attention(q, k, v, mask):
-    """F.scaled_dot_product_attention on a whiteboard. q (B, H, T, h), k and v (B, H, S, h), mask (T, S) of bools."""
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
-    return scores.masked_fill(~mask, -math.inf).softmax(-1) @ v  # (B, H, T, h)
+    """softmax(q kᵀ / √h + mask) v.  q (B, H, T, h), k and v (B, H, S, h), mask (T, S): 0, or -inf for unseen keys."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1)) + mask  # (B, H, T, S)
+    return scores.softmax(-1) @ v  # (B, H, T, h)
+
+
+def attention(q, k, v, mask=None):
+    """The same by PyTorch's fused kernels, which keep no T x S numbers for backward. mask: bools; None is causal.
+
+    Short rows in bf16 on a CPU take the plain form: 13 ms instead of 24 for forward and backward of 12 heads on 4 rows
+    of 256 tokens, two cores. It keeps the softmax, 2·H·T·S bytes a row.
+    """
+    T = q.size(2)
+    if mask is None and 1 < T <= short(q.dtype, q.device):
+        return plain_attention(q, k, v, torch.full((T, T), -math.inf, dtype=q.dtype).triu(1))
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)
+
+
+def short(dtype, device):
+    """The number of tokens up to which plain attention is faster."""
+    return 384 if dtype == torch.bfloat16 and device.type == "cpu" else 0
 
 
 class Attention(nn.Module):
@@ -92,8 +109,7 @@ class Attention(nn.Module):
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))  # (B, H, T, h) each
         if cache is not None:
             k, v = cache.update(k, v, self.layer)  # (B, H, S, h)
-        # softmax(q kᵀ / √h + mask) v
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)  # (B, H, T, h)
+        y = attention(q, k, v, mask)  # softmax(q kᵀ / √h + mask) v, (B, H, T, h)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, d))
 
 

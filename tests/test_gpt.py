@@ -98,8 +98,31 @@ def test_plain_attention_is_sdpa(T, past, h):
     """The three lines on the whiteboard give what torch's fused attention gives, after a past and without one."""
     q, k, v = torch.randn(2, 3, T, h), torch.randn(2, 3, past + T, h), torch.randn(2, 3, past + T, h)
     q, k, v = q.double(), k.double(), v.double()
-    mask = torch.ones(T, past + T, dtype=torch.bool).tril(past)
-    assert off(gpt.plain_attention(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, mask)) < FP64
+    mask = torch.full((T, past + T), -math.inf).triu(past + 1)
+    assert off(gpt.plain_attention(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, mask.double())) < FP64
+
+
+@often
+@given(B=st.integers(1, 3), H=st.integers(1, 3), T=st.integers(1, 40), h=st.integers(1, 64), seed=st.integers(0, 99))
+def test_attention_of_short_rows_in_bf16(B, H, T, h, seed):
+    """The plain form that a CPU takes for them is as near to fp64 as bf16 allows: outputs and gradients."""
+    torch.manual_seed(seed)
+    q, k, v, dy = (torch.randn(B, T, H, h).bfloat16().transpose(1, 2).requires_grad_() for _ in range(4))
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    with mock.patch.object(gpt, "plain_attention", wraps=gpt.plain_attention) as plain:
+        y = gpt.attention(q, k, v)
+    assert plain.called == (T > 1)
+    y.backward(dy)
+    expected = F.scaled_dot_product_attention(*exact, is_causal=True)
+    expected.backward(dy.double())
+    # A score is rounded three times, by 2^-8 of it at most, which moves a weight by as much times the score. The weight
+    # and the product with v are rounded once each. dq and dk subtract numbers that may be nearly equal.
+    largest = (exact[0] @ exact[1].transpose(-2, -1)).abs().max().item() / h**0.5
+    bound = 5 * 2**-8 * max(1, largest)
+    assert (y - expected).norm() <= bound * expected.norm()
+    assert (v.grad - exact[2].grad).norm() <= bound * exact[2].grad.norm()
+    for ours, theirs in zip((q, k), exact):
+        assert (ours.grad - theirs.grad).norm() <= bound * (4 * theirs.grad.norm() + dy.norm() / 100)
 
 
 def test_sizes_of_gpt2():
@@ -143,7 +166,7 @@ def test_is_causal_aligns_to_the_top_left():
     """SDPA's is_causal shows query t the keys 0..t even if there are more keys: after a past a mask has to say more."""
     q, k, v = torch.randn(1, 1, 2, 4), torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 4)
     flag = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert off(flag, gpt.plain_attention(q, k, v, torch.ones(2, 5, dtype=torch.bool).tril())) < 1e-5
+    assert off(flag, gpt.plain_attention(q, k, v, torch.full((2, 5), -math.inf).triu(1))) < 1e-5
     _, mask = gpt.positions_and_mask(None, None, 3, torch.zeros(1, 2, 4), 9)
     assert mask.tolist() == [[True, True, True, True, False], [True, True, True, True, True]]
 

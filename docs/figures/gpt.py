@@ -27,10 +27,10 @@ def gpt_attention():
         q, k, _ = attention.c_attn(found["x"]).split(model.config.n_embd, -1)
     T, heads = ids.size(1), attention.n_head
     q, k = (t.view(T, heads, -1).transpose(0, 1)[None] for t in (q, k))
-    mask = torch.ones(T, T, dtype=torch.bool).tril()
+    mask = torch.full((T, T), -torch.inf).triu(1)
     p = gpt.plain_attention(q, k, torch.eye(T).expand(1, heads, T, T), mask)[0]  # v = 1: what comes out is the softmax
     for head, axis in zip(HEADS, axes):
-        axis.imshow(p[head].masked_fill(~mask, torch.nan), cmap="Blues", vmin=-0.08, vmax=1)  # 0 is not quite white
+        axis.imshow(p[head].masked_fill(mask < 0, torch.nan), cmap="Blues", vmin=-0.08, vmax=1)  # 0 is not quite white
         axis.set_title(f"p[{head}]", fontsize=10)
         axis.set_xticks(range(T), ["<eot>", *words], rotation=90)
         axis.set_yticks(range(T), ["<eot>", *words])

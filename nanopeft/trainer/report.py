@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from nanopeft import adapter, memory, pipeline, zero
+from nanopeft import adapter, gpt, memory, pipeline, zero
 from nanopeft.trainer import checkpoint, measure
+from nanopeft.trainer.process import DTYPES
 
 # ---------------------------------------------------------------------------------------------------- time and memory
 
@@ -109,10 +110,12 @@ def predict(model, args, precision, length):
         how["adapters"] = len(args.adapters)
     if args.method == "ptuning":
         how |= {"tokens": model.n_tokens, "template": model.template is not None}
+    device, dtype = torch.device(args.device), DTYPES[precision]
+    short = 0 if args.pack else gpt.short(dtype, device)  # packed rows have a mask
     try:
         found = memory.predict(
             vars(model.config), args.method, precision, args.batch, length, args.accumulate, args.recompute or 0,
-            device=torch.device(args.device).type, **how,
+            device=device.type, short=short, **how,
         )
     except memory.Error:
         return {}
