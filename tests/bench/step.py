@@ -3,6 +3,7 @@
 
     python tests/bench/step.py --shape gpt2 --steps 10 --out out/bench/gpt2       a table, gpt2.json and gpt2.png
     python tests/bench/step.py --growth --shape nano --out out/bench/growth       LoRA over batch, length and rank
+    python tests/bench/step.py --scale --batch 1 --steps 3 --out out/bench/scale  LoRA from nano to GPT-2 XL
     python tests/bench/step.py --device cuda --shape llama --methods lora         on a GPU, eager and compiled
 
 Random weights, random tokens, bf16, 4 x 256 tokens. Each side runs in a process of its own; they take turns step by
@@ -43,7 +44,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from nanopeft import adamw, gpt, lora, prefix, prompt, ptuning, qlora
+from nanopeft import adamw, gpt, lora, memory, prefix, prompt, ptuning, qlora
 from nanopeft.trainer import bases, huggingface
 from nanopeft.trainer.process import slower_than_fp32
 
@@ -53,6 +54,8 @@ SHAPES = {
     "gpt2": dict(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12),
 }
 SHAPES["medium"] = SHAPES["gpt2"] | dict(n_embd=1024, n_layer=24, n_head=16)
+SHAPES["large"] = SHAPES["gpt2"] | dict(n_embd=1280, n_layer=36, n_head=20)
+SHAPES["xl"] = SHAPES["gpt2"] | dict(n_embd=1600, n_layer=48, n_head=25)
 LLAMA = dict(  # the shape of Llama 3.2 1B
     vocab_size=128256, max_position_embeddings=1024, hidden_size=2048, num_hidden_layers=16, num_attention_heads=32,
     num_key_value_heads=8, intermediate_size=8192, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
@@ -505,6 +508,32 @@ def grow(args):
     return results
 
 
+def scale(args):
+    """Time and memory of our LoRA step over GPT-2's sizes, beside the FLOPs and the bytes that memory.py predicts."""
+    print(f"{'LoRA':8}{'parameters':>16}{'GFLOP':>10}{'ms':>10}{'weights':>10}{'above':>10}{'predicted':>10} MB")
+    results, precision = [], "bf16" if args.dtype == BF16 else "fp32"
+    for shape, sizes in SHAPES.items():
+        found = race({"ours": ("ours", "lora", shape, args.batch, args.length, args.rank, args.threads, args.dtype)},
+                     args.steps)["ours"]  # fmt: skip
+        with torch.device("meta"):
+            config = vars(gpt.GPT(**sizes).config)
+        short = gpt.short(args.dtype, torch.device("cpu"))
+        parts = memory.predict(config, "lora", precision, args.batch, args.length, rank=args.rank, short=short)
+        row = dict(
+            shape=shape, parameters=memory.sizes_of(config).Ψ, seconds=min(found[args.clock]), memory=found["tight"],
+            flops=flops("lora", shape, args.batch, args.length, args.rank), weights=memory.total(parts["parameters"]),
+        )  # fmt: skip
+        row["predicted"] = memory.total(parts["peak"]) - row["weights"]
+        results.append(row)
+        sizes = "".join(f"{row[key] / 1e6:10.1f}" for key in ("weights", "memory", "predicted"))
+        size, work, ms = row["parameters"], row["flops"] / 1e9, row["seconds"] * 1e3
+        print(f"{shape:8}{size:16,}{work:10.1f}{ms:10.1f}{sizes}", flush=True)
+    for key in ("flops", "seconds", "weights", "memory", "predicted"):
+        e = slope([row["parameters"] for row in results], [row[key] for row in results])
+        print(f"{key} ~ parameters^{e:.2f}")
+    return results
+
+
 def chart(rows, path):
     import matplotlib
 
@@ -551,6 +580,7 @@ def main():
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--growth", action="store_true", help="how time and memory of LoRA grow, instead")
+    parser.add_argument("--scale", action="store_true", help="the same from nano to GPT-2 XL")
     parser.add_argument("--out", type=Path, help="a path without suffix: .json and .png are added")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--limit", type=float, default=120, help="on a GPU: seconds for each side of a race")
@@ -563,8 +593,8 @@ def main():
     args.dtype = torch.float32 if slower_than_fp32(BF16) else BF16  # once: all processes must do the same
     size = f"{args.shape}, {args.dtype}, {args.batch} x {args.length} tokens"
     print(f"torch {torch.__version__}, {args.threads} threads, {size}, {args.clock} seconds")
-    if args.growth:
-        rows = grow(args)
+    if args.growth or args.scale:
+        rows = grow(args) if args.growth else scale(args)
     else:
         # Measured inside one process: beside some seconds for torch, the difference of two would be lost in noise
         code = "import time, torch; t = time.perf_counter(); import nanopeft.lora; print(time.perf_counter() - t)"
@@ -580,7 +610,7 @@ def main():
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-        if not args.growth:
+        if not (args.growth or args.scale):
             chart(rows, args.out.with_suffix(".png"))
 
 
