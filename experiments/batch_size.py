@@ -11,7 +11,8 @@ BATCHES, ROWS = (4, 16, 64), 3200
 RATES = {"full": (1e-4, 3e-4, 1e-3), "lora": (1e-3, 3e-3, 1e-2)}  # times √(batch / 4), as is usual for Adam
 SETTINGS = {
     f"{method}, batch {batch}, lr {rate:g} x {(batch / 4) ** 0.5:g}":
-        f"--method {method} --batch {batch} --steps {ROWS // batch} --lr {rate * (batch / 4) ** 0.5:g}"
+        f"--method {method} --batch {batch} --steps {ROWS // batch} --eval-every {ROWS // batch // 5} "
+        f"--lr {rate * (batch / 4) ** 0.5:g}"
     for method in RATES for batch in BATCHES for rate in RATES[method]
 }  # fmt: skip
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Which rank is enough, and should all layers have the same?
 
-    python experiments/ranks.py         some 50 minutes on two cores; the same command goes on after a stop
+    python experiments/ranks.py         some 65 minutes on two cores; the same command goes on after a stop
 """
 
 import json
@@ -12,13 +12,12 @@ from matplotlib.figure import Figure
 from nanopeft.trainer import bases, tasks
 
 RANKS, ROWS = (1, 4, 16, 64, 256), (100, 300, 873)  # rows of 128 tokens; 873 are all of the language reference
-EQUAL = {"r = 8 everywhere": ""} | {  # 196,608 trained numbers each
+EQUAL = {"r = 8 everywhere": ""} | {  # 196,608 trained numbers each, at the end
     "MLP 11, attention 3": "--ranks mlp.*=11,attn.*=3",
     "MLP 5, attention 13": "--ranks mlp.*=5,attn.*=13",
     "upper half 12, lower 4": "--ranks h.[345].*=12,h.[012].*=4",
     "upper half 4, lower 12": "--ranks h.[345].*=4,h.[012].*=12",
-    "AdaLoRA, 12 to 8": "--method adalora",
-}
+} | {f"AdaLoRA, 12 to 8, lr {rate:g}": f"--method adalora --lr {rate:g}" for rate in (0.005, 0.015, 0.05)}
 
 
 def save_texts(name, texts, n=1 << 60):

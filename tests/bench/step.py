@@ -4,6 +4,7 @@
     python tests/bench/step.py --shape gpt2 --steps 10 --out out/bench/gpt2       a table, gpt2.json and gpt2.png
     python tests/bench/step.py --growth --shape nano --out out/bench/growth       LoRA over batch, length and rank
     python tests/bench/step.py --scale --batch 1 --steps 3 --out out/bench/scale  LoRA from nano to GPT-2 XL
+    python tests/bench/step.py --compile --methods lora                           both sides compiled
     python tests/bench/step.py --device cuda --shape llama --methods lora         on a GPU, eager and compiled
 
 Random weights, random tokens, bf16, 4 x 256 tokens. Each side runs in a process of its own; they take turns step by
@@ -164,12 +165,18 @@ def peer_model(method, shape, rank, base_type, own_type, autocast, activation, d
     return model
 
 
+def compile_blocks(model):
+    torch._dynamo.config.cache_size_limit = 256
+    for block in bases.blocks(model):
+        block.compile()
+
+
 def resident(key):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return 1024 * int(line.split()[1])
 
 
-def work(pipe, side, method, shape, batch, length, rank, threads, dtype):
+def work(pipe, side, method, shape, batch, length, rank, threads, dtype, compiled):
     """One racer: sends when it is ready, the seconds (wall, CPU per thread) of each call asked for, and the peak."""
     warnings.simplefilter("ignore")  # peft's and transformers', of each other
     torch.set_num_threads(threads)
@@ -203,6 +210,8 @@ def work(pipe, side, method, shape, batch, length, rank, threads, dtype):
     else:
         options = {} if side == "ours" or method == "prefix" else dict(use_cache=False)
         trained = [p for p in model.train().parameters() if p.requires_grad]
+        if compiled:
+            compile_blocks(model)
 
         def backward(ids):
             with context():
@@ -214,7 +223,7 @@ def work(pipe, side, method, shape, batch, length, rank, threads, dtype):
             optimizer.step()
             optimizer.zero_grad()
 
-        backward(ids[:1, :8])
+        backward(ids if compiled else ids[:1, :8])  # compiled once, for the shape that is measured
         for p in trained:
             p.grad = None
     gc.collect()
@@ -344,20 +353,17 @@ def run_on_gpu(side, method, shape, batch, length, rank, steps, device, compiled
         torch._dynamo.reset()
     if side == "ours":
         model = our_model(method, shape, rank, BF16, device)
-        base, options = getattr(model, "model", model) if method in ("prefix", "prompt", "ptuning") else model, {}
+        options = {}
     else:
         kind = "fp32 + autocast" if method == "full" else "bf16, fused gelu"  # full: ours keeps fp32 master copies
         base_type, own_type, autocast, _ = PEERS[kind]
         model = peer_model(method, shape, rank, base_type, own_type, autocast, "gelu_pytorch_tanh", device)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         options = {} if method == "prefix" else {"use_cache": False}
         if autocast:
             context = lambda: torch.autocast(device, dtype=BF16)  # noqa: E731
     model.train()
     if compiled:
-        torch._dynamo.config.cache_size_limit = 256
-        for block in bases.blocks(base):
-            block.compile()
+        compile_blocks(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     if side == "ours":
         optimizer = adamw.AdamW(trained, compile=compiled)
@@ -441,7 +447,7 @@ def gpu_line(row):
 
 def compare(method, shape, batch, rank, args):
     """One row of the table."""
-    rest = (shape, batch, args.length, rank, args.threads, args.dtype)
+    rest = (shape, batch, args.length, rank, args.threads, args.dtype, args.compile)
     narrow = args.dtype == BF16
     peers = [name for name, (base, _, autocast, _) in PEERS.items() if (base == BF16 or autocast) == narrow]
     sides = ["ours", *(name for name in peers if method != "generate" or "autocast" not in name)]
@@ -498,7 +504,7 @@ def grow(args):
         points = []
         for value in values:
             batch, length, rank = (value if name == key else args.__dict__[key] for key in ("batch", "length", "rank"))
-            rest = (args.shape, batch, length, rank, args.threads, args.dtype)
+            rest = (args.shape, batch, length, rank, args.threads, args.dtype, args.compile)
             found = race({"ours": ("ours", "lora", *rest)}, args.steps)["ours"]
             points.append((value, min(found[args.clock]), found["memory"]))
             print(f"{'':24}{batch:11}{length:8}{rank:8}{points[-1][1] * 1e3:10.1f}{points[-1][2] / 1e6:10.1f}")
@@ -513,8 +519,8 @@ def scale(args):
     print(f"{'LoRA':8}{'parameters':>16}{'GFLOP':>10}{'ms':>10}{'weights':>10}{'above':>10}{'predicted':>10} MB")
     results, precision = [], "bf16" if args.dtype == BF16 else "fp32"
     for shape, sizes in SHAPES.items():
-        found = race({"ours": ("ours", "lora", shape, args.batch, args.length, args.rank, args.threads, args.dtype)},
-                     args.steps)["ours"]  # fmt: skip
+        rest = (shape, args.batch, args.length, args.rank, args.threads, args.dtype, args.compile)
+        found = race({"ours": ("ours", "lora", *rest)}, args.steps)["ours"]
         with torch.device("meta"):
             config = vars(gpt.GPT(**sizes).config)
         short = gpt.short(args.dtype, torch.device("cpu"))
@@ -579,6 +585,7 @@ def main():
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--compile", action="store_true", help="on a CPU: both sides' blocks (on a GPU: both ways)")
     parser.add_argument("--growth", action="store_true", help="how time and memory of LoRA grow, instead")
     parser.add_argument("--scale", action="store_true", help="the same from nano to GPT-2 XL")
     parser.add_argument("--out", type=Path, help="a path without suffix: .json and .png are added")
