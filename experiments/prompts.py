@@ -29,7 +29,7 @@ def draw(found):
 
 
 if __name__ == "__main__":
-    common = "--data modules --precision bf16 --steps 100 --eval-every 50 --valid-tokens 65536"
+    common = "--data modules --precision bf16 --batch 8 --steps 100 --eval-every 50 --valid-tokens 65536"
     found = run.run("prompts", SETTINGS, common)
     print(tables(found))
     run.save(draw(found), "prompts")
