@@ -84,6 +84,10 @@ def fine_tune(args, precision, ranks):
     # Method: freezes the base and adds what is trained
     model = methods.add(base, args, encoding, train)
     methods.fit_data(model, args, encoding, train, valid)
+    if known and getattr(model, "template", None):  # on text without virtual tokens the base stays as it was
+        if args.remember != ["library"]:
+            raise Error("--remember: on text without the template nothing changes; leave it out")
+        known = None
     method = methods.METHODS[args.method]
     counts = methods.count(args.method, base_size, model)
     checksums = methods.checksums(args, base, train, valid)

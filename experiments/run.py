@@ -72,6 +72,8 @@ def shown(values, key="loss_after"):
     """Mean ± standard error. forgotten: by how much the loss on the base's old text has risen."""
     if key == "forgotten":
         before, after = values["known_loss_before"], values["known_loss_after"]
+        if None in after:  # P-tuning's template, which no other text has
+            return ""
         return "{:.3f} ± {:.3f}".format(*mean([y - x for x, y in zip(before, after)]))
     return "{:.3f} ± {:.3f}".format(*mean(values[key]))
 

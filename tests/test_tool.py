@@ -355,6 +355,16 @@ def test_forgetting(monkeypatch, files, tmp_path, capsys):
     assert f"forgetting   {shown}" in capsys.readouterr().out
 
 
+def test_a_template_forgets_nothing(monkeypatch, files, tmp_path, capsys):
+    """P-tuning's template is around prompts: on other text nothing changes, so no loss on it is reported."""
+    flags = "--method ptuning --data {files}/a.jsonl --template [P]{{source}}[P] --remember "
+    found = train(monkeypatch, files, tmp_path / "a", f"{flags} library", steps="--steps 1")
+    assert found["losses"] and found.get("known_loss_after") is None
+    capsys.readouterr()
+    assert train(monkeypatch, files, tmp_path / "b", f"{flags} {{files}}/a.txt", steps="--steps 1") is None
+    assert "--remember: " in capsys.readouterr().err
+
+
 def test_what_the_embedded_base_knew(monkeypatch, tmp_path):
     """On nano a run reports the loss on source of the library unasked; other bases know what --remember says."""
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--out", str(tmp_path)])
