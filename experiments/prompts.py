@@ -12,6 +12,7 @@ SETTINGS |= {f"prompt, from {init}": f"--method prompt --init {init}" for init i
 SETTINGS |= {f"prompt, lr {rate:g}": f"--method prompt --lr {rate:g}" for rate in (0.01, 0.03, 0.3)}
 SETTINGS |= {f"P-tuning, {encoder}": f"--method ptuning --encoder {encoder}" for encoder in ("lstm", "mlp")}
 SETTINGS |= {f"P-tuning, lr {rate:g}": f"--method ptuning --lr {rate:g}" for rate in (1e-3, 1e-2)}
+SETTINGS |= {f"P-tuning, mlp, lr {rate:g}": f"--method ptuning --encoder mlp --lr {rate:g}" for rate in (1e-2, 3e-2)}
 P = "[P]" * 20
 PLACES = {"behind": "{source}" + P, "around": f"{P[:30]}{{source}}{P[:30]}"}
 SETTINGS |= {f"P-tuning, {place}": f"--method ptuning --template {t}" for place, t in PLACES.items()}
@@ -19,12 +20,12 @@ SETTINGS |= {f"prefix, {n} tokens": f"--method prefix --tokens {n}" for n in (5,
 
 
 def tables(found):
-    return run.settings_table(found, "accuracy_after")
+    return run.settings_table(found)
 
 
 def draw(found):
     figure = Figure(figsize=(7, 6), layout="constrained")
-    run.dots(figure.subplots(), found, "accuracy_after")
+    run.dots(figure.subplots(), found)
     return figure
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Which rank is enough, and should all layers have the same?
 
-    python experiments/ranks.py         some 65 minutes on two cores; the same command goes on after a stop
+    python experiments/ranks.py         about an hour on two cores; the same command goes on after a stop
 """
 
 import json

@@ -48,7 +48,8 @@ better), or the model is so large that plain prompt tuning catches up. The usual
 
 Typical: 3 to 20 virtual tokens. The paper tunes frozen models (knowledge probing: rate 1e-5) and, with the prompt, the
 models themselves (few-shot SuperGLUE: model 1e-5, prompt 1e-4). Here AdamW at 3e-3 on a frozen model, since runs are
-short: Adam moves a number by about the rate in a step, and 300 steps at 1e-5 make 0.003.
+short: Adam moves a number by about the rate in a step, and 300 steps at 1e-5 make 0.003. Place: near the answer. In
+100 steps that learn to name a function's package 20 tokens behind its source came to 0.7 nats, in front to 2.8.
 
 Pitfalls
 * Cut a long source before apply_template, or virtual tokens are cut away. Spaces in the template are tokens too.

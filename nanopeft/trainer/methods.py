@@ -79,7 +79,7 @@ METHODS = {
     ),
     "dora": Method(LORA, dora.add_dora, lora_settings, (), None, *LORA_FILES),
     "adalora": Method(
-        {"lr": 5e-3, "rank": 12, "alpha": 16.0, "targets": "all-linear", "target_rank": 8},
+        {"lr": 1.5e-2, "rank": 12, "alpha": 16.0, "targets": "all-linear", "target_rank": 8},
         adalora.add_adalora, lora_settings, ("ADALORA",),
         peft_config.adalora_arguments,
         adalora.adalora_state_dict, adalora.adalora_config, adalora.load_adalora_state_dict,
