@@ -18,13 +18,15 @@ SETTINGS = {
 
 
 def best(found, method, batch):
-    """The setting whose mean loss is lowest."""
-    fitting = [values for name, values in found.items() if name.startswith(f"{method}, batch {batch},")]
-    return min(fitting, key=lambda values: run.mean(values["loss_after"]))
+    """(learning rate, values) of the setting whose mean loss is lowest."""
+    fitting = [name for name in found if name.startswith(f"{method}, batch {batch},")]
+    name = min(fitting, key=lambda name: run.mean(found[name]["loss_after"]))
+    return name.rpartition("lr ")[2], found[name]
 
 
 def tables(found):
-    rows = [[method, *(run.shown(best(found, method, batch)) for batch in BATCHES)] for method in RATES]
+    cells = {method: [best(found, method, batch) for batch in BATCHES] for method in RATES}
+    rows = [[method, *(f"{run.shown(values)}, lr {rate}" for rate, values in row)] for method, row in cells.items()]
     return run.table(["best loss", *(f"batch {batch}" for batch in BATCHES)], rows)
 
 
@@ -32,7 +34,7 @@ def draw(found):
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for method in RATES:
-        run.curve(axes, BATCHES, [best(found, method, batch) for batch in BATCHES], label=method)
+        run.curve(axes, BATCHES, [best(found, method, batch)[1] for batch in BATCHES], label=method)
     axes.set(xscale="log", xticks=BATCHES, xticklabels=BATCHES, xlabel="batch size")
     return figure
 
