@@ -87,7 +87,7 @@ def attention(q, k, v, mask=None):
     """
     T = q.size(2)
     if mask is None and 1 < T <= short(q.dtype, q.device):
-        return plain_attention(q, k, v, torch.full((T, T), -math.inf, dtype=q.dtype).triu(1))
+        return plain_attention(q, k, v, q.new_full((T, T), -math.inf).triu(1))
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)
 
 
