@@ -61,6 +61,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 LOGITS = {"cpu": 1 << 21, "cuda": 1 << 26}  # held at a time; each chunk costs a GPU the start of a dozen kernels
 CHUNK = 1 << 17  # logits that go through the softmax at a time, per core: 0.5 MB in fp32 fit its L2 cache
@@ -83,11 +84,15 @@ def attention(q, k, v, mask=None):
     """The same by PyTorch's fused kernels, which keep no T x S numbers for backward. mask: bools; None is causal.
 
     Short rows in bf16 on a CPU take the plain form: 13 ms instead of 24 for forward and backward of 12 heads on 4 rows
-    of 256 tokens, two cores. It keeps the softmax, 2·H·T·S bytes a row.
+    of 256 tokens, two cores. The checkpoint keeps q, k and v alone, for which backward computes the scores once more.
     """
     T = q.size(2)
-    if mask is None and 1 < T <= short(q.dtype, q.device):
+
+    def plain(q, k, v):
         return plain_attention(q, k, v, q.new_full((T, T), -math.inf).triu(1))
+
+    if mask is None and 1 < T <= short(q.dtype, q.device):
+        return checkpoint(plain, q, k, v, use_reentrant=False, preserve_rng_state=False)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)
 
 

@@ -37,9 +37,9 @@ last column, prompt tuning. But LoRA on it needs the same x for dA. What PEFT cu
 T² term: fused attention (FlashAttention, torch's scaled_dot_product_attention) keeps no scores; backward computes them
 again. Unfused attention keeps T scores for each head and token: with dropout a block keeps n·d·(34 + 5·H·T/d) bytes in
 16 bits (arXiv 2205.05198). 34 is 2·16 and two dropout masks of 1 byte; 5 is the softmax 2, its mask 1, the product of
-both 2. For GPT-2 at T = 1024 the term 5·H·T/d is 80, more than twice the 34. Plain attention without dropout, which
-gpt.py takes for short rows in bf16 on a CPU, keeps the softmax: n·H·T·e bytes. Logits: n·V numbers, 0.206 GB in fp32
-for the batch above, three times with log-softmax and gradient. gpt.py takes them in chunks and never holds them all.
+both 2. For GPT-2 at T = 1024 the term 5·H·T/d is 80, more than twice the 34. Where gpt.py takes plain attention (short
+rows in bf16 on a CPU), backward computes the scores again as well. Logits: n·V numbers, 0.206 GB in fp32 for the batch
+above, three times with log-softmax and gradient. gpt.py takes them in chunks and never holds them all.
 
 STATES with Adam, in bytes for each parameter, on each of N devices. Activations come on top.
                        parameters + gradients + optimizer           6B       7B, N = 8
@@ -171,7 +171,7 @@ def activations(s):
     formulas = {
         "inputs of norms, and statistics": f"({L['norm']} + {L['norm 2']} + 1)*n*(d + {2 if gpt2 else 1})*e",
         "outputs of norms": f"{len(kept & {'qkv', 'up'})}*L*n*d*e",
-        "q, k, v, and attention's softmax": f"{L['attention']}*(n*(d + 2*w)*e + {'T*e' if s.plain else 4}*n*H)",
+        "q, k, v, and attention's statistics": f"{L['attention']}*(n*(d + 2*w)*e{'' if s.plain else ' + 4*n*H'})",
         "outputs of attention": f"{'L' if 'out' in kept else 0 if s.plain else L['attention']}*n*d*e",
         "inputs of GELU" if gpt2 else "gate, SiLU(gate) and up": f"{L['GELU']}*{'' if gpt2 else '3*'}n*f*e",
         "inputs of the MLP's last layer": "L*n*f*e" if "down" in kept else "0",

@@ -18,7 +18,7 @@ const WORDS = {
     offloaded: "卸载到主机的优化器状态", "linear layers": "线性层", "all other": "其余参数", trained: "可训练参数",
     "nf4 layers": "NF4 层", "int8 layers": "int8 层", "frozen adapters": "冻结的适配器", "master copy": "主权重",
     "inputs of norms, and statistics": "层归一化的输入与统计量", "outputs of norms": "层归一化的输出",
-    "q, k, v, and attention's softmax": "q、k、v 与注意力的 softmax", "outputs of attention": "注意力的输出",
+    "q, k, v, and attention's statistics": "q、k、v 与注意力的统计量", "outputs of attention": "注意力的输出",
     "inputs of GELU": "GELU 的输入", "gate, SiLU(gate) and up": "gate、SiLU(gate) 与 up",
     "inputs of the MLP's last layer": "MLP 最后一层的输入", "loss: gradient of its input": "损失对其输入的梯度",
     "head's gradient, made in the loss": "输出层的梯度（计算损失时得出）", "copies in 16 bits": "16 位副本",

@@ -91,7 +91,7 @@ function activations(s) {
   let formulas = {
     "inputs of norms, and statistics": `(${L["norm"]} + ${L["norm 2"]} + 1)*n*(d + ${gpt2 ? 2 : 1})*e`,
     "outputs of norms": `${kept.has("qkv") + kept.has("up")}*L*n*d*e`,
-    "q, k, v, and attention's softmax": `${L.attention}*(n*(d + 2*w)*e + 4*n*H)`,
+    "q, k, v, and attention's statistics": `${L.attention}*(n*(d + 2*w)*e + 4*n*H)`,
     "outputs of attention": `${kept.has("out") ? "L" : L.attention}*n*d*e`,
     [gpt2 ? "inputs of GELU" : "gate, SiLU(gate) and up"]: `${L.GELU}*${gpt2 ? "" : "3*"}n*f*e`,
     "inputs of the MLP's last layer": kept.has("down") ? "L*n*f*e" : "0",
