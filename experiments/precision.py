@@ -30,8 +30,7 @@ def merged(folder):
     for place, adapter in {"fp32": folder, "bf16": folder, "original": alone}.items():
         run.call(["--merge", adapter, "--precision", place.replace("original", "fp32")], folder / place, "config.json")
         found[place] = evaluate(folder / place, folder / f"{place} evaluated")
-    for kind in ("int8", "NF4"):
-        found[kind] = evaluate(folder / "fp32", folder / f"{kind} evaluated", SETTINGS[kind])
+    found |= {to: evaluate(folder / "fp32", folder / f"{to} evaluated", SETTINGS[to]) for to in ("int8", "NF4")}
     return {f"loss_{place}": loss for place, loss in found.items()}
 
 
