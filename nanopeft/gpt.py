@@ -18,33 +18,33 @@ One row, and what each of its positions is trained on:
     position t      0        1        2        3        4
     input_ids       <eot>    The      cat      sat      <pad>
     labels          <eot>    The      cat      sat      -100        a copy of the ids; -100: no loss and no gradient
-      or            -100     -100     -100     sat      -100        the prompt masked: trains p(answer | prompt) alone
-    t attends to    0        0..1     0..2     0..3     0..4        causal mask
     t is scored on  The      cat      sat      -        -           labels[t + 1]: the model shifts, the caller does not
+    t attends to    0        0..1     0..2     0..3     0..4        causal mask
+    other labels    -100     -100     -100     sat      -100        the prompt masked: trains p(answer | prompt) alone
 
-Causal mask: position t must not see its answer, token t + 1. So one pass trains all T positions at once.
+Causal mask: position t must not see its answer, token t + 1. So one pass trains all positions at once.
 Attention: q·k sums h products, so its variance grows with h. Without 1/√h the softmax saturates and its gradient
 vanishes. PyTorch's SDPA computes `plain_attention` below in one call; its fused kernels never store the T × S scores.
 KV cache: under the causal mask the keys and values of past tokens never change, so they are kept. A new token then
 costs a forward of one position instead of S. It still reads all S keys and values, and `torch.cat` here copies them.
 Gradient accumulation: the gradients of k micro-batches add up to one step. Weight each loss by its share of the labels:
-1.0 over 10 labels and 3.0 over 30 have the mean 2.5, and dividing both by k = 2 gives 2.0.
+1.0 over 10 labels and 3.0 over 30 have the mean 2.5. Their plain average is 2.0.
 
 Pre-LN: each branch normalizes its own input, and x is only added to. Gradients pass along this sum unchanged. Post-LN,
-x = ln(x + attn(x)), puts L norms in their way and needs a careful warm-up. The sum grows with depth, hence ln_f.
+x = ln(x + attn(x)), puts 2L norms in their way and needs a careful warm-up. The sum grows with depth, hence ln_f.
 Tied head: the head is the embedding table. That saves V·d numbers, and a token's vector learns from both uses. Large
 models often untie: the table is 5 % of GPT-2 xl, and reading a token and predicting it may want different vectors.
 GELU by tanh, GPT-2's: x Φ(x), Φ ≈ ½ (1 + tanh(√(2/π) (x + 0.044715 x³))). The exact one is up to 0.00047 off.
-First loss: ln V if all tokens are equally likely. Weights of deviation 0.02 keep the logits at 0.02 √d = 0.55 in GPT-2,
-and the loss at ln 50257 + 0.55² / 2 = 10.98. Much more means that the weights are too large.
+First loss: ln V if all tokens are equally likely. Weights of deviation 0.02 give logits of deviation 0.02 √d = 0.55 in
+GPT-2, and a loss of ln 50257 + 0.55² / 2 = 10.98. Much more means that the weights are too large.
 
 GPT-2 small: wte 38,597,376 + wpe 786,432 + 12 blocks of 7,087,872 + ln_f 1,536 = 124,439,808 parameters, 31 % more with
 an untied head. L/H/d of medium: 24/16/1024, large 36/20/1280, xl 48/25/1600. The KV cache, 2·L·d·S·B numbers, is 37.7
 MB for 1,024 tokens in 16 bits. Logits, B·T·V·4 bytes in fp32, are 206 MB for 4 rows of 256 tokens: hence the chunks.
-FLOPs per token: 2 N forward (multiply and add, for N weights in matrix products), 4 N backward for dx and dW (2 N if
-frozen): 6 N = 0.74 G to train GPT-2 small. Attention adds 4·L·d·S forward, a T² term; it passes the blocks' 24·L·d²
-from S = 6 d = 4,608 on. nanoGPT pretrains GPT-2 small with AdamW, lr 6e-4 after 2,000 steps of warm-up, then cosine to
-6e-5, betas (0.9, 0.95), weight decay 0.1, half a million tokens a step, no dropout.
+FLOPs per token, for N weights in matrix products: 2 N forward (multiply and add), 4 N backward (dx and dW; 2 N if
+frozen). So training GPT-2 small takes 6 N = 0.74 G. Attention adds 4·L·d·S forward, a T² term; it passes the blocks'
+24·L·d² from S = 6 d = 4,608 on. nanoGPT pretrains GPT-2 small with AdamW, lr 6e-4 after 2,000 steps of warm-up, then
+cosine to 6e-5, betas (0.9, 0.95), weight decay 0.1, half a million tokens a step, no dropout.
 
 Pitfalls: For generation, pad on the left: the next token is read off the last position. Pass an attention_mask, which
 covers the cached tokens too. If end-of-text is the padding, mask labels by position, or the model never learns to stop.
@@ -63,13 +63,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-LOGITS = {"cpu": 1 << 21, "cuda": 1 << 26}  # held at a time; each chunk costs a GPU the start of a dozen kernels
+LOGITS = {"cpu": 1 << 21, "cuda": 1 << 26}  # aimed at, at a time; on a GPU each chunk launches a dozen kernels
 CHUNK = 1 << 17  # logits that go through the softmax at a time, per core: 0.5 MB in fp32 fit its L2 cache
 Output = namedtuple("Output", "loss logits past_key_values", defaults=(None, None, None))
 
 
 class Error(ValueError):
-    """A wrong shape or call; the message says what would be right."""
+    """A wrong shape or call, or damaged weights; the message says what would be right."""
 
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -81,23 +81,24 @@ def plain_attention(q, k, v, mask):
 
 
 def attention(q, k, v, mask=None):
-    """The same by PyTorch's fused kernels, which keep no T x S numbers for backward. mask: bools; None is causal.
+    """The same by PyTorch's fused kernels, which keep no T x S scores for backward. mask: bools; None is causal, S = T.
 
     Short rows in bf16 on a CPU take the plain form: 13 ms instead of 24 for forward and backward of 12 heads on 4 rows
-    of 256 tokens, two cores. The checkpoint keeps q, k and v alone, for which backward computes the scores once more.
+    of 256 tokens, two cores. The checkpoint makes backward compute the scores again, so that they are not kept either.
     """
     T = q.size(2)
-
-    def plain(q, k, v):
-        return plain_attention(q, k, v, q.new_full((T, T), -math.inf).triu(1))
-
-    if mask is None and 1 < T <= short(q.dtype, q.device):
-        return checkpoint(plain, q, k, v, use_reentrant=False, preserve_rng_state=False)
+    if mask is None and 1 < T <= plain_up_to(q.dtype, q.device):
+        return checkpoint(causal_attention, q, k, v, use_reentrant=False, preserve_rng_state=False)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)
 
 
-def short(dtype, device):
-    """The number of tokens up to which plain attention is faster."""
+def causal_attention(q, k, v):
+    T = q.size(2)
+    return plain_attention(q, k, v, q.new_full((T, T), -math.inf).triu(1))
+
+
+def plain_up_to(dtype, device):
+    """The number of tokens up to which plain attention is faster; 0 where it never is."""
     return 384 if dtype == torch.bfloat16 and device.type == "cpu" else 0
 
 
@@ -114,7 +115,7 @@ class Attention(nn.Module):
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))  # (B, H, T, h) each
         if cache is not None:
             k, v = cache.update(k, v, self.layer)  # (B, H, S, h)
-        y = attention(q, k, v, mask)  # softmax(q kᵀ / √h + mask) v, (B, H, T, h)
+        y = attention(q, k, v, mask)  # (B, H, T, h)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, d))
 
 
@@ -171,10 +172,11 @@ class GPT(nn.Module):
 
     def forward(self, input_ids=None, *, attention_mask=None, position_ids=None, past_key_values=None,
                 inputs_embeds=None, labels=None, use_cache=False, logits_to_keep=0):  # fmt: skip
-        """The call of a Hugging Face causal LM: returns the loss if there are labels, and the logits (B, T, V) if not.
+        """Called like a Hugging Face causal LM. Returns the loss if there are labels, and the logits (B, T, V) if not.
 
         attention_mask (B, S): 1 for tokens, 0 for padding on either side; a padded row gives what it gives alone.
-        position_ids (T,) or (B, T): where they do not go up by one, a packed row's next example begins (data.py).
+        position_ids (T,) or (B, T): where a row of (B, T) does not go up by one, a packed row's next example begins
+        (data.py; neither with an attention_mask nor after a past).
         past_key_values: a KVCache or transformers' DynamicCache, extended in place. labels (B, T): unshifted.
         logits_to_keep: logits of so many last positions only; 0 means of all.
         """
@@ -224,7 +226,7 @@ class KVCache:
         if layer < len(self.layers):
             past_k, past_v = self.layers[layer]
             k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
-        self.layers[layer : layer + 1] = [(k, v)]
+        self.layers[layer : layer + 1] = [(k, v)]  # replaced, or appended
         return k, v
 
 
@@ -234,8 +236,8 @@ def generate(model, input_ids, max_new_tokens=64, *, attention_mask=None, temper
     """The prompt and up to `max_new_tokens` more tokens (B, T + n), from any model with this calling convention.
 
     temperature 0: the likeliest token. Otherwise it is drawn from softmax(logits / temperature), of the top_k likeliest
-    if given (not here: top-p, the fewest of total probability p). A row that has ended is filled with eos_token_id (of
-    several, with the first). stream: called with each step's tokens (B, 1).
+    if given. A row that has ended is filled with eos_token_id (of several, with the first). stream: called with each
+    step's tokens (B, 1).
     """
     if not temperature >= 0 or (top_k is not None and top_k < 1):
         raise Error(f"temperature must be at least 0 and top_k at least 1, not {temperature} and {top_k}")
@@ -276,7 +278,7 @@ def plain_loss(head, x, labels):
 
 
 def rows_at_a_time(V, device):
-    """Rows of logits that are held at a time. Fewer than 256 would not pay a read of the head."""
+    """Rows of logits that are held at a time. Fewer than 256 would not be worth reading the head's weights for."""
     return max(256, LOGITS.get(device.type, LOGITS["cpu"]) // V)
 
 
@@ -295,15 +297,15 @@ def chunked_loss(head, x, labels, rows):
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Sum of the rows' cross-entropies. A row's gradient needs no other row, so forward does all for each chunk x:
+    """Sum of the rows' cross-entropies. A row's gradient needs no other row, so forward makes it too, chunk by chunk:
 
         z = x Wᵀ                          logits, (rows, V)
         g = softmax(z) - onehot(label)    d loss/dz, (rows, V)
         dx = g W;  dW += gᵀ x             kept, while z and g are dropped
 
-    Backward only scales dx and dW. The code is the faster form, for any head: autograd makes dx and dW from g. g is
+    Backward only scales dx and dW. Below, autograd makes dx and dW from g, so that the head may be any module. g is
     written over z, so the head's backward must not need its output (autograd checks this). `rows` bounds the memory.
-    `few` of them at a time take the softmax in L2 cache: 23 ms for 256 of GPT-2's instead of 46, on one CPU core.
+    `few` of them at a time take the softmax in L2 cache: 23 ms for 256 rows of GPT-2 instead of 46, on one CPU core.
     """
 
     @staticmethod
@@ -320,19 +322,23 @@ class ChunkedLoss(torch.autograd.Function):
             few = max(1, CHUNK * torch.get_num_threads() // logits.size(1)) if x.is_cpu else rows
             for z, label in zip(logits.detach().split(few), labels[index, None].split(few)):
                 log_p = F.log_softmax(z, -1, dtype=sum_dtype)  # (few, V)
-                unlabelled, label = label < 0, label.clamp(min=0)  # (few, 1)
+                unlabelled = label == -100  # (few, 1)
+                label = label.masked_fill(unlabelled, 0)
                 loss -= log_p.gather(1, label).masked_fill_(unlabelled, 0).sum()
                 if need_grad:  # in place: z becomes g; the mean's 1/n waits, or fp16 would underflow
                     z.copy_(log_p.exp_().scatter_add_(1, label, torch.full_like(label, -1, dtype=sum_dtype)))
                     if not skips:
                         z.masked_fill_(unlabelled, 0)
+                del log_p
             if need_grad:
-                dx, *dw = torch.autograd.grad(logits, (chunk, *weights), logits.detach(), materialize_grads=True)
+                g = logits.detach()  # whose views z were
+                dx, *dw = torch.autograd.grad(logits, (chunk, *weights), g, materialize_grads=True)  # zeros if unused
                 grads[0][index] = dx.to(sum_dtype)
-                for total, part in zip(grads[1:], dw, strict=True):  # in pieces: no fp32 copy of a bf16 part, and on a
-                    for t, p in zip(*(torch.atleast_1d(t).split(1024) for t in (total, part))):  # core 14 ms, not 90
+                for total, part in zip(grads[1:], dw, strict=True):
+                    # 1,024 rows at a time: no fp32 copy of a whole bf16 part, and 14 ms instead of 90 on a CPU core
+                    for t, p in zip(*(torch.atleast_1d(t).split(1024) for t in (total, part))):
                         t += p
-            logits = z = dx = dw = part = p = None  # freed before the next chunk is made
+            logits = z = g = dx = dw = part = p = None  # freed before the next chunk is made
         ctx.save_for_backward(*grads)
         return loss
 
@@ -360,7 +366,7 @@ def positions_and_mask(position_ids, attention_mask, past, x, limit):
     if S > limit and position_ids.max() >= limit:  # in this order: max() makes the host wait for a GPU
         raise Error(f"{position_ids.max() + 1} tokens do not fit the model's {limit} positions")
     if attention_mask is None and (past == 0 or T == 1) and not packed:
-        return position_ids, None  # is_causal gives query t keys 0..t; after a past it needs 0..past + t (T = 1: all)
+        return position_ids, None  # causal: query t sees keys 0..t. After a past it sees 0..past + t; if T = 1, all
     mask = s <= t[:, None]  # (T, S)
     if attention_mask is not None:  # padding sees itself: softmax over nothing is NaN
         mask = (mask & attention_mask[:, None, None].bool()) | (s == t[:, None])  # (B, 1, T, S)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What nanopeft/gpt.py claims, held against torch's own loss, plain formulas in fp64, and itself done the long way."""
 
+import functools
 import math
 import os
 import subprocess
@@ -593,6 +594,15 @@ def test_only_arguments_get_gradients():
     head, x, labels = loss_case(0, ignored=0)
     assert not gpt.ChunkedLoss.apply(head, 8, True, labels, x.detach()).requires_grad
     assert gpt.ChunkedLoss.apply(head, 8, True, labels, x.detach(), *head.parameters()).requires_grad
+
+
+@pytest.mark.parametrize("label", [-1, -99, 9])
+def test_a_label_that_is_no_token(label):
+    """Only -100 means no loss: any other number outside of the vocabulary is an error, as in F.cross_entropy."""
+    head, x = nn.Linear(4, 9), torch.randn(3, 4, requires_grad=True)
+    for loss in (gpt.plain_loss, functools.partial(gpt.chunked_loss, rows=2)):
+        with pytest.raises((RuntimeError, IndexError), match="bounds"):
+            loss(head, x, torch.tensor([1, label, 2]))
 
 
 @pytest.mark.parametrize("kind", HEADS)

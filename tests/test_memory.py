@@ -78,7 +78,7 @@ def sums(parts):
 
 def assert_predicted(sizes, method, precision, batch, length, how):
     measured, config = count_step(sizes, method, precision, batch, length, how)
-    short = gpt.short(DTYPES[precision], torch.device("cpu"))
+    short = gpt.plain_up_to(DTYPES[precision], torch.device("cpu"))
     assert sums(memory.predict(config, method, precision, batch, length, short=short, **how)) == measured
 
 
@@ -158,7 +158,7 @@ def measured_peak(sizes, method, precision, batch, length, how, accumulate=1, ev
 
 def assert_peak(sizes, method, precision, batch, length, how, accumulate=1, every=0):
     measured, config = measured_peak(sizes, method, precision, batch, length, how, accumulate, every)
-    how = {"short": gpt.short(DTYPES[precision], torch.device("cpu")), **how}
+    how = {"short": gpt.plain_up_to(DTYPES[precision], torch.device("cpu")), **how}
     predicted = memory.total(memory.predict(config, method, precision, batch, length, accumulate, every, **how)["peak"])
     assert abs(predicted / measured - 1) <= 0.03  # left out are masks, casts of small tensors, indices
 

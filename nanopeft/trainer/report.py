@@ -111,7 +111,7 @@ def predict(model, args, precision, length):
     if args.method == "ptuning":
         how |= {"tokens": model.n_tokens, "template": model.template is not None}
     device, dtype = torch.device(args.device), DTYPES[precision]
-    short = 0 if args.pack else gpt.short(dtype, device)  # packed rows have a mask
+    short = 0 if args.pack else gpt.plain_up_to(dtype, device)  # packed rows have a mask
     try:
         found = memory.predict(
             vars(model.config), args.method, precision, args.batch, length, args.accumulate, args.recompute or 0,

@@ -523,7 +523,7 @@ def scale(args):
         found = race({"ours": ("ours", "lora", *rest)}, args.steps)["ours"]
         with torch.device("meta"):
             config = vars(gpt.GPT(**sizes).config)
-        short = gpt.short(args.dtype, torch.device("cpu"))
+        short = gpt.plain_up_to(args.dtype, torch.device("cpu"))
         parts = memory.predict(config, "lora", precision, args.batch, args.length, rank=args.rank, short=short)
         row = dict(
             shape=shape, parameters=memory.sizes_of(config).Ψ, seconds=min(found[args.clock]), memory=found["tight"],
