@@ -10,11 +10,11 @@ GPT-2 (124,439,808 parameters) with r = 8 on all linear layers, m = 48, n = 20 v
     QLoRA           LoRA over a base in 4 bits           1,179,648    1,179,648  B = 0: rounding only    into 16 bits
     DoRA            LoRA, and the length of W's rows     1,262,592    1,262,592  m = ‖W‖: no change      yes
     AdaLoRA         ΔW = s·PΛQ, r = 12, then pruned      1,770,048  what is left Λ = 0: no change        yes
-    IA3             factors of keys, values, MLP            64,512       64,512  l = 1: no change        yes
+    IA3             scales keys, values, MLP                64,512       64,512  l = 1: no change        yes
     BitFit          the biases                             102,144      102,144  the base's              is the model
     adapter         after attention and MLP (Houlsby)    1,789,056    1,789,056  Up = 0: no change       no: nonlinear
                     after the block (Pfeiffer)             894,528      894,528  Up = 0: no change       no: nonlinear
-    AdapterFusion   attention over N adapters           21,252,096   23,041,152  V = 1: their mean       no
+    AdapterFusion   attention over N adapters           21,252,096   23,041,152  V = I: their mean       no
     prefix-tuning   keys, values in every layer            368,640      368,640  n real tokens' k, v     no
                     through an MLP of width 512          9,864,704      368,640  n real tokens' k, v     no
     prompt tuning   vectors before the input                15,360       15,360  n words' embeddings     no
