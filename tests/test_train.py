@@ -336,8 +336,11 @@ def test_all_methods_beside_each_other(monkeypatch, files, tmp_path, capsys):
     for name in ("compare.png", "forgetting.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert all(r["known_loss_after"] is not None for r in results.values())
+    # What is forgotten counts from the untouched base, and not from a fusion that has not been trained
+    risen = [r["known_loss_after"] - results["full"]["known_loss_before"] for r in results.values()]
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 3 + len(results) and len({len(line) for line in table}) == 1
+    assert [line.split("|")[8].strip() for line in table[3:]] == [f"{x:.3f}" for x in risen]
 
 
 @pytest.mark.parametrize(

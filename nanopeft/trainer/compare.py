@@ -50,7 +50,7 @@ def compare(args, given):
     checkpoint.write(out / "compare.json", json.dumps(results, indent=2).encode())
     task = drawable(", ".join(args.data))
     pictures = {"compare.png": plot_comparison}
-    if any(forgotten(r) is not None for r in results.values()):
+    if any(forgotten(r, results) is not None for r in results.values()):
         pictures["forgetting.png"] = plot_forgetting
     for name, draw in pictures.items():
         checkpoint.write(out / name, lambda path, draw=draw: draw(path, results, quantity, task))
@@ -80,17 +80,17 @@ def table(results, quantity):
         stored = [f"{r['stored_parameters']:,}", f"{r['stored_bytes'] / 1e6:.2f} MB"]
         quality = [show.format(r[f"{quantity}_{when}"]) for when in ("before", "after")]
         cost = [f"{r['tokens_per_second']:,.0f}", gigabytes(r["peak_memory_bytes"])]
-        forgets = "" if forgotten(r) is None else f"{forgotten(r):.3f}"
+        forgets = "" if forgotten(r, results) is None else f"{forgotten(r, results):.3f}"
         rows.append([name, *counts, *stored, *quality, forgets, *cost])
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * w for w in widths])
     return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in rows)
 
 
-def forgotten(result):
-    """By how many nats a token the loss on what the base knew has risen."""
-    before, after = result["known_loss_before"], result["known_loss_after"]
-    return None if after is None else after - before
+def forgotten(result, results):
+    """By how many nats a token the loss on what the base knew is above that of the untouched base."""
+    after = result["known_loss_after"]  # its own loss before is that of an untrained fusion, say
+    return None if after is None else after - results["full"]["known_loss_before"]
 
 
 def plot_comparison(path, results, quantity, task):
@@ -119,9 +119,10 @@ def plot_forgetting(path, results, quantity, task):
 
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axes = figure.subplots()
+    before = results["full"][f"{quantity}_before"]
     for i, (name, r) in enumerate(results.items()):
-        if forgotten(r) is not None:
-            mark(axes, i, name, abs(r[f"{quantity}_after"] - r[f"{quantity}_before"]), forgotten(r))
+        if forgotten(r, results) is not None:
+            mark(axes, i, name, abs(r[f"{quantity}_after"] - before), forgotten(r, results))
     unit = "nats per token less, of validation data" if quantity == "loss" else "more of the validation examples right"
     axes.set(xlabel=f"learned: {unit}", ylabel="forgotten: nats per token more, of what it knew", title=task)
     axes.margins(0.12)
