@@ -17,16 +17,15 @@ linear layer for that. But the gradient still passes through every layer, so att
 
 Example: GPT-2 has fused keys, values and queries in c_attn (2,304 outputs), and 3,072 hidden numbers in an MLP. IA3
 trains 5,376 numbers in each of 12 layers, 64,512 in all, one in 1,929. (peft scales the queries too there, as here.)
-BitFit trains 102,144: 11 d in each layer and d in the last norm. LoRA with r = 8 on all linear layers trains 1,179,648.
+BitFit trains 102,144: 11 d in each layer and d = 768 in the last norm. LoRA with r = 8 on all linear layers: 1,179,648.
 
-How to choose: a large learning rate, 10 to 50 times LoRA's, for so few numbers have to move far. IA3's authors take
-3e-3 and 1,000 steps of 8 examples (T-Few), BitFit's 1e-3. When: a few dozen examples, thousands of tasks to store, or a
-mixed batch, in which each row has its own l. When not: there is much to learn.
+How to choose: a larger learning rate than LoRA's, as few numbers have to move far. IA3's authors take 3e-3 (Adafactor)
+and 1,000 steps of 8 examples, BitFit's code 1e-3. When: few examples, or many tasks to store; not for much to learn.
 
 Pitfalls
 * Weight decay pulls l to 0, which silences the layer, and not to 1. Leave it out.
 * To unmerge by dividing by l fails where l is 0. lora.unmerge_lora puts back copies.
-* In bf16 the next number after 1 is 0.8 % larger. l is kept in fp32.
+* In bf16 the next number after 1 is 0.8 % larger. l is kept in fp32, and multiplies in fp32.
 
 Compared with related methods: DoRA (dora.py) trains a row's length together with a LoRA. LoRA mixes numbers, at 10 to
 20 times the parameters. The whole family in one table: nanopeft/__init__.py.
@@ -69,8 +68,9 @@ class IA3Linear(lora.LoRALinear):
     def forward(self, x):
         if not self.is_active():
             return self.base_layer(x)
-        factors = self.ia3_l.flatten().to(x.dtype)
-        return self.base_layer(factors * x) if self.scales_input else factors * self.base_layer(x)
+        factors = self.ia3_l.flatten()  # fp32, as is the product before it is rounded
+        y = self.base_layer((factors * x).to(x.dtype) if self.scales_input else x)
+        return y if self.scales_input else (factors * y).to(y.dtype)
 
     def delta(self):
         """What a merge adds to W: l ∘ W - W."""

@@ -127,6 +127,17 @@ def test_logits_gradients_files_and_merge_are_pefts(make, tmp_path):
     near(lora.merge_lora(ours)(IDS).logits, theirs.merge_and_unload()(IDS).logits)
 
 
+@pytest.mark.parametrize("make", [hf_gpt2, hf_llama])
+def test_in_bf16_the_factors_are_not_rounded(make):
+    """On a base in bf16 the factors multiply in fp32: the logits are peft's to the bit."""
+    torch.manual_seed(0)
+    base = make().bfloat16()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.IA3Config(task_type="CAUSAL_LM"))
+    ours = randomize(ia3.add_ia3(copy.deepcopy(base)))
+    peft.set_peft_model_state_dict(theirs, lora.lora_state_dict(ours))
+    assert torch.equal(ours(IDS).logits, theirs(input_ids=IDS).logits)
+
+
 def test_counts_on_gpt2():
     """On GPT-2's shape IA3 trains 64,512 numbers and BitFit 102,144."""
     for add, n in ((ia3.add_ia3, 64_512), (ia3.add_bitfit, 102_144)):
