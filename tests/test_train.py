@@ -20,7 +20,7 @@ from matplotlib import font_manager
 from safetensors.torch import load_file, save_file
 
 from nanopeft import adamw, data, gpt, ptuning, zero
-from nanopeft.trainer import bases, evaluate, methods, process, report, tokenizer
+from nanopeft.trainer import bases, compare, evaluate, methods, process, report, tokenizer
 from nanopeft.trainer import files as files_of
 from nanopeft.trainer.bases import load_gpt, save_gpt
 
@@ -341,6 +341,23 @@ def test_all_methods_beside_each_other(monkeypatch, files, tmp_path, capsys):
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 3 + len(results) and len({len(line) for line in table}) == 1
     assert [line.split("|")[8].strip() for line in table[3:]] == [f"{x:.3f}" for x in risen]
+
+
+def test_each_method_gets_every_flag():
+    """--method all hands on what was given: zeros too, which Python takes for False."""
+    settings = {"seed": 0, "weight_decay": 0.0, "data": ["a", "b"], "accuracy": True, "valid": None, "resume": False}
+    assert [*compare.as_flags(settings)] == ["--seed=0", "--weight-decay=0.0", "--data", "a", "b", "--accuracy"]
+
+
+@pytest.mark.parametrize("quantity, after", [("loss", 3.5), ("accuracy", 0.1)])
+def test_what_got_worse_was_not_learned(monkeypatch, tmp_path, quantity, after):
+    """In forgetting.png a method whose loss has risen, or whose accuracy has fallen, is left of zero."""
+    found = {f"{quantity}_before": {"loss": 3.0, "accuracy": 0.2}[quantity], f"{quantity}_after": after}
+    learned = []
+    monkeypatch.setattr(compare, "mark", lambda axes, points: learned.extend(x for x, _ in points.values()))
+    run = found | {"known_loss_before": 1.0, "known_loss_after": 2.0}
+    compare.plot_forgetting(tmp_path / "forgetting.png", {"full": run}, quantity, "task")
+    assert len(learned) == 1 and learned[0] < 0
 
 
 @pytest.mark.parametrize(

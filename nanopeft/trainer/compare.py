@@ -34,9 +34,9 @@ def compare(args, given):
             try:
                 code = child.wait()
             except KeyboardInterrupt:
-                if sys.platform != "win32":  # there Ctrl-C reaches it as well, and this would not let it save
+                if sys.platform != "win32":  # there Ctrl-C has reached it as well, and this would not let it save
                     child.terminate()  # it saves its state and ends
-                code = child.wait() or 1  # 0: it was at its last step
+                sys.exit(child.wait() or 1)  # 0: it was at its last step
             if code < 0:  # the system's, if memory ran out
                 raise Failure(f"{name} was ended by signal {-code}; the same command with --resume goes on")
             if code == 2 and results:  # this base cannot have the method, as its line says
@@ -65,7 +65,7 @@ def as_flags(settings):
             yield from (flag, *value)
         elif value is True:
             yield flag
-        elif value not in (None, False):
+        elif value is not None and value is not False:  # 0 == False
             yield f"{flag}={value}"
 
 
@@ -89,7 +89,7 @@ def table(results, quantity):
 
 def forgotten(result, results):
     """By how many nats a token the loss on what the base knew is above that of the untouched base."""
-    after = result["known_loss_after"]  # its own loss before is that of an untrained fusion, say
+    after = result["known_loss_after"]  # and not above its own loss before: a fusion starts with untrained layers
     return None if after is None else after - results["full"]["known_loss_before"]
 
 
@@ -99,9 +99,9 @@ def plot_comparison(path, results, quantity, task):
 
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
+    mark(left, {name: (r["trained_parameters"], r[f"{quantity}_after"]) for name, r in results.items()})
     for i, (name, r) in enumerate(results.items()):
-        mark(left, i, name, r["trained_parameters"], r[f"{quantity}_after"])
-        right.plot(range(1, len(r["losses"]) + 1), smooth(r["losses"]), color=f"C{i}", label=name)
+        right.plot(range(1, len(r["losses"]) + 1), smooth(r["losses"]), color=color(i), label=name)
     left.axhline(results["full"][f"{quantity}_before"], color="gray", linestyle="--", label="untouched base")
     unit = "nats per token of validation data" if quantity == "loss" else "share of validation examples"
     left.set(xscale="log", xlabel="trained parameters", ylabel=f"{quantity}, {unit}", title=f"{task}: quality and size")
@@ -109,7 +109,7 @@ def plot_comparison(path, results, quantity, task):
     right.set(xlabel="step", ylabel="training loss, nats per token", title=f"{task}: training")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(fontsize="small", ncols=1 if axes is left else 2)
     figure.savefig(path, dpi=120, format="png")
 
 
@@ -119,10 +119,9 @@ def plot_forgetting(path, results, quantity, task):
 
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    before = results["full"][f"{quantity}_before"]
-    for i, (name, r) in enumerate(results.items()):
-        if forgotten(r, results) is not None:
-            mark(axes, i, name, abs(r[f"{quantity}_after"] - before), forgotten(r, results))
+    before, sign = results["full"][f"{quantity}_before"], -1 if quantity == "loss" else 1
+    points = {name: (sign * (r[f"{quantity}_after"] - before), forgotten(r, results)) for name, r in results.items()}
+    mark(axes, {name: point for name, point in points.items() if None not in point})
     unit = "nats per token less, of validation data" if quantity == "loss" else "more of the validation examples right"
     axes.set(xlabel=f"learned: {unit}", ylabel="forgotten: nats per token more, of what it knew", title=task)
     axes.margins(0.12)
@@ -130,7 +129,17 @@ def plot_forgetting(path, results, quantity, task):
     figure.savefig(path, dpi=120, format="png")
 
 
-def mark(axes, i, name, x, y):
-    axes.scatter(x, y, color=f"C{i}", zorder=3)
-    beside = (0, 7 if i % 2 else -15)  # above and below in turn: neighbours would write over one another
-    axes.annotate(name, (x, y), textcoords="offset points", xytext=beside, ha="center", color=f"C{i}")
+def color(i):
+    """One of twenty: matplotlib's usual ten are too few."""
+    from matplotlib import colormaps
+
+    return colormaps["tab20"](2 * i % 20 + i // 10)  # the strong ones first, then their light forms
+
+
+def mark(axes, points):
+    """A dot for each {name: (x, y)}. The names stand at four heights in turn, since neighbours would overlap."""
+    from_the_left = sorted(points, key=points.get)
+    for i, (name, xy) in enumerate(points.items()):
+        axes.scatter(*xy, color=color(i), zorder=3)
+        beside = (0, (7, -15, 19, -27)[from_the_left.index(name) % 4])
+        axes.annotate(name, xy, textcoords="offset points", xytext=beside, ha="center", color=color(i))
