@@ -14,18 +14,19 @@ copy 4 + Adam's m 4 and v 4. (In an fp32 run: parameter 4, which is its own mast
     2      and gradients      2Ψ + (2Ψ + KΨ)/N     26.25 GB    2Ψ    2Ψ  the same, the first in backward, in buckets
     3      and parameters    (2Ψ +  2Ψ + KΨ)/N     14    GB     0    3Ψ  all-gather parameters twice, reduce-scatter
 
-The peak is higher: by the activations, which stages 1 to 3 do not shard (ZeRO-R, in the same paper, can), by up to
-three buckets of gradients in stages 2 and 3, and in stage 3 by three gathered units, with all their parameters.
+The peak is higher by the activations, which stages 1 to 3 do not shard (ZeRO-R, in the same paper, can). In stages 2
+and 3 up to three buckets come on top: the parameters' gradients, their flat copy, and the received part. In stage 3 it
+is also three gathered units: the root, the block that computes, and the next.
 
 Stages 1 and 2 send no more than data parallelism. An all-reduce is a reduce-scatter (each rank gets the sum of its
 shard: Ψ) and an all-gather (Ψ). ZeRO updates in between, and gathers parameters, not gradients. Stage 3 frees them
 after forward, so it gathers twice. 7B on 8 in 16 bits: a rank sends 24.5 GB in a step (1.0 s at 25 GB/s), in stage 3
-36.75 GB (1.5 s). A gather hides behind the block before if that computes for longer: 2 FLOPs per parameter and token
-against 2 bytes per parameter. So a rank's forward needs more tokens than FLOP/s per byte/s: 400e12 / 25e9 = 16,000.
+36.75 GB (1.5 s). While one block computes, the next one is gathered. To compute takes 2 FLOPs per parameter and token,
+to gather 2 bytes per parameter. So gathering costs no time above (FLOP/s) / (byte/s) tokens: 400e12 / 25e9 = 16,000.
 
-A unit is a block, or the root, unit 0: what is in no block (embeddings, head). Its parameters, end to end, make flat
-parameters of at most BUCKET elements (or one larger parameter), and each is cut into N shards wherever the cuts fall.
-1M elements take 0.08 ms at 25 GB/s, longer than a message takes to start; few of them in flight take little memory.
+A unit is one block. Unit 0, the root, is what is in no block: embeddings, last norm, head. A unit's parameters, end to
+end, make flat parameters of at most BUCKET elements (or one larger parameter). Each is cut into N shards, wherever the
+cuts fall. A bucket of 1M elements takes 0.08 ms at 25 GB/s, longer than a message takes to start, and little memory.
 
     [ ln.weight | attn.weight           | mlp.weight              | 0 ]    full (N · shard,), padded with zeros
     [     rank 0     |     rank 1      |     rank 2     |    rank 3   ]    each rank: shard, grad, master, m, v (shard,)
@@ -42,7 +43,8 @@ update, AG all-gather of a unit's parameters, one block ahead, RS reduce-scatter
 
 Relatives. DDP is stage 0. FSDP is stage 3, module by module; its SHARD_GRAD_OP is near stage 2, but shards parameters
 too between steps. Tensor parallelism splits matrix products and sends activations in each layer, so it needs the fast
-links inside a node. Pipeline parallelism splits the layers, sends little, waits; it needs many micro-batches: stage 1.
+links inside a node. Pipeline parallelism splits the layers, sends little, and waits. It goes with stage 1: it needs
+many micro-batches, and stages 2 and 3 send in each.
 
 Gradient accumulation over M micro-batches: stages 0 and 1 send gradients once. Stage 2 cannot keep whole gradients: it
 sends (M + 1)Ψ; stage 3 sends 3MΨ. The optimizer must be element-wise (Adam, SGD), since a shard can begin or end inside
@@ -195,7 +197,7 @@ class ZeRO:
     """Shards a model's training over all ranks: make the same calls on each, or one waits for the others forever.
 
         engine = ZeRO(model, torch.optim.AdamW, blocks=model.transformer.h, stage=2, lr=1e-3)
-        total = all_sum(tokens)  # labelled, in this rank's micro-batches; a mean of ranks' means is another loss
+        total = all_sum(tokens, device)  # labelled, of all ranks: so each token counts alike, on whatever rank it is
         for ids, labels, n in micro_batches:  # n of them labelled; loss is their mean
             engine.backward(model(ids, labels=labels).loss * n / total)
         engine.step(clip=1.0)  # by the norm over all ranks: clip_grad_norm_ would see one rank's part
@@ -283,7 +285,8 @@ class ZeRO:
             dist.all_reduce(square)
         norm = square.sqrt().item() / loss_scale
         factor = (1.0 if clip is None else min(1.0, clip / (norm + 1e-6))) / loss_scale
-        for flat in self.trained if math.isfinite(norm) else ():
+        updated = self.trained if math.isfinite(norm) else []
+        for flat in updated:
             flat.master.grad, flat.grad = flat.grad.to(flat.master.device, flat.master.dtype).mul_(factor), None
             self.optimizer.step()  # it passes over the other masters, which have no gradient
             flat.master.grad = None  # fp32 gradients are there for one flat parameter at a time
@@ -347,13 +350,16 @@ class ZeRO:
         try:
             yield self.model
         finally:
-            if wrong := [name for name, p in self.model.named_parameters() if shapes.get(p) != p.shape]:
-                raise Error(f"inside whole() write into parameters, do not replace them (assign=True): {wrong[0]}")
+            wrong = [name for name, p in self.model.named_parameters() if shapes.get(p) != p.shape]
             for flat in self.flat_params:
-                flat.take_written()
+                if not wrong:
+                    flat.take_written()
                 flat.n_whole -= 1
                 flat.reshard()
-            [broadcast(p.data) for p in self.frozen]
+            for p in self.frozen:
+                broadcast(p.data)
+        if wrong:  # after the others' turn, and not in the place of an exception from inside
+            raise Error(f"inside whole() write into parameters, do not replace them (assign=True): {wrong[0]}")
 
     @torch.no_grad()
     def state_dict(self):
@@ -365,7 +371,8 @@ class ZeRO:
                 parts = [x.item() if torch.is_tensor(x) and x.dim() == 0 else x] * len(flat.names)
                 if torch.is_tensor(x) and x.dim() > 0:
                     full = x.new_empty(flat.full.shape, device=flat.full.device)
-                    [work.wait() for work in all_gather(full, x.to(full.device))]
+                    for work in all_gather(full, x.to(full.device)):
+                        work.wait()
                     parts = [part.to("cpu", copy=True) for part in flat.unflatten(full)]
                 for name, part in zip(flat.names, parts) if dist.get_rank() == 0 else ():
                     found.setdefault(name, {})[key] = part
@@ -389,7 +396,8 @@ class ZeRO:
             if state:  # there was a step before
                 self.optimizer.state[flat.master] = state
         self.optimizer.load_state_dict(self.optimizer.state_dict())  # puts each tensor where it belongs
-        [flat.wait() for flat in self.trained]
+        for flat in self.trained:
+            flat.wait()
 
 
 # --------------------------------------------------------------------------------------------------------- plumbing

@@ -713,6 +713,18 @@ def misused(what, stage, dtype="float32"):
         return str(error)
 
 
+def failed_inside():
+    """Stage 3: what comes out of a whole() that fails inside, and whether all is sharded again."""
+    model = model_of("full")
+    own = ZeRO(model, AdamW, blocks=blocks_of(model), stage=3, lr=0.01)
+    try:
+        with own.whole():
+            model.transformer.ln_f.bias = nn.Parameter(model.transformer.ln_f.bias.detach().clone())
+            raise OSError("the disk is full")
+    except Exception as error:
+        return repr(error), any(flat.is_unsharded or flat.n_whole for flat in own.flat_params)
+
+
 def nested():
     """Stage 3: parameters after a step inside whole() inside whole(), and after one outside; then one more step."""
     rank, world, results = dist.get_rank(), dist.get_world_size(), []
@@ -1225,6 +1237,11 @@ def test_refuses_writes_that_would_be_lost(ranks, what, stage, dtype, message):
     """Parameters that are replaced, and values written or saved where the engine cannot follow, are one clear line."""
     for error in ranks.job(2, "misused", what, stage, dtype):
         assert error and error.startswith(message) and "\n" not in error
+
+
+def test_an_exception_inside_whole_comes_out(ranks):
+    """What went wrong inside whole() is what the caller sees, whatever else was wrong, and all is sharded again."""
+    assert ranks.job(2, "failed_inside") == [("OSError('the disk is full')", False)] * 2
 
 
 @pytest.mark.parametrize("what, stage", [("load outside", 1), ("save outside", 2)])
