@@ -7,7 +7,8 @@ one stage would work and p - 1 would wait. So it is cut into m micro-batches, an
 stage 1 has the first. Each stage adds up the gradients of all m and then updates its own parameters. This is gradient
 accumulation, so the result is that of one process.
 
-A step of p = 4 stages and m = 8 micro-batches. a to h: their forward, A to H: their backward, twice as long, . waiting:
+A step of p = 4 stages and m = 8 micro-batches. a to h: their forward, A to H: their backward, twice as long, . waiting.
+Alive: the most micro-batches whose activations a stage keeps at once.
 
     GPipe: all forwards, then all backwards      alive    1F1B: one forward, one backward              alive
     stage 0  abcdefgh.........AABBCCDDEEFFGGHH   8        stage 0  abcd......AAeBBfCCgDDhEE.FF.GG.HH   4
@@ -30,10 +31,11 @@ Balance: the slowest stage sets the pace. GPT-2's head has V·d = 38.6M weights,
 blocks on each of 4 stages, the last one works as for 8.45, and stages wait for 54 % of the time (m = 8). partition()
 finds 4, 4, 4 blocks and the head alone, and they wait for 37 %. Only tensor parallelism cuts the head itself.
 
-What is sent: B·T·d numbers down and up, for each micro-batch and border. GPT-2 in fp32 with 256 tokens: 48 messages of
-786 kB, 37.7 MB a step. A tied table is on the first and the last stage, and its two gradients must be added up. These
-are V·d numbers, 154 MB, four times all else. (In LoRA the table is frozen, and nothing is added up.) Tensor parallelism
-all-reduces B·T·d numbers four times in each layer, and ZeRO sends all parameters 2 or 3 times. A pipeline sends least.
+What is sent: B·T·d numbers down and up, for each micro-batch and border. GPT-2 in fp32, with p = 4, m = 8 and 256
+tokens in a micro-batch: 48 messages of 786 kB, 37.7 MB a step. A tied table is on the first and the last stage, and its
+two gradients must be added up. These are V·d numbers, 154 MB, four times all else. (In LoRA the table is frozen, and
+nothing is added up.) Tensor parallelism all-reduces B·T·d numbers four times in each layer, and ZeRO sends all
+parameters 2 or 3 times. A pipeline sends least.
 
 Deadlock: with gloo a send ends when the other side receives. In 1F1B stage s sends an activation while s + 1 sends it a
 gradient. If both waited for their send to end, they would wait forever. So a stage only starts a send (isend), and goes
@@ -52,9 +54,9 @@ gradients after each micro-batch, and stage 3 would gather parameters for each, 
 Pitfalls
 * The loss is divided by the labelled tokens of all m: a mean of means is another loss. backward() does it.
 * Clip with step(clip=1.0): the norm is over all stages, a tied table counted once. clip_grad_norm_ sees one stage.
-* GPT's loss in chunks makes the head's gradient in forward. In GPipe the last stage keeps m of them, in 1F1B one. And
-  the last stage is slow in forward and fast in backward. GPipe waits for it first and for the others then, while in
-  1F1B its forwards and backwards alternate: with p = 2 and m = 8 GPipe waits 32 % of the time, 1F1B 15 %.
+* Our GPT's loss makes the head's gradient already in forward. In GPipe the last stage keeps m of them, in 1F1B one. And
+  the last stage is slow in forward and fast in backward. In GPipe the others first wait for it, and then it waits for
+  them. In 1F1B its forwards and backwards alternate: with p = 2 and m = 8 GPipe waits 32 % of the time, 1F1B 15 %.
 * Each rank needs the same batches: masks and labels are not sent. Dropout draws other numbers than one process does.
 
 Papers: GPipe, arXiv 1811.06965, section 2.3; PipeDream, 1806.03377 (1F1B); Megatron, 2104.04473, sections 2.2 (1F1B
@@ -161,7 +163,8 @@ class Pipeline:
             if what == "F":
                 x, y = received, self.forward(received, **batches[i])  # (B, T, d); on the last stage the loss
                 if to == self.p:
-                    total, y = total + y.item() * shares[i], y * (shares[i] * loss_scale)
+                    total += y.item() * shares[i] if counts[i] else 0.0  # without labels the mean may be NaN
+                    y = y * (shares[i] * loss_scale)
                 alive[i], out = (x, y), y.detach()
             else:
                 x, y = alive.pop(i)
@@ -202,10 +205,12 @@ class Pipeline:
         norm = square.sqrt().item() / loss_scale
         factor = (1.0 if clip is None else min(1.0, clip / (norm + 1e-6))) / loss_scale
         if square.isfinite():
-            in_fp32 = "grad_scale" in inspect.signature(self.optimizer.step).parameters  # as adamw.py's
-            for p in () if in_fp32 else trained:
-                p.grad.mul_(factor)
-            self.optimizer.step(**({"grad_scale": factor} if in_fp32 else {}))
+            if self.has_masters:  # it scales in fp32 itself
+                self.optimizer.step(grad_scale=factor)
+            else:
+                for p in trained:
+                    p.grad.mul_(factor)
+                self.optimizer.step()
         self.optimizer.zero_grad()
         self.may_step = False
         return norm
@@ -227,7 +232,8 @@ class Pipeline:
             self.take_away()
 
     def take_away(self):
-        """Keeps this stage's layers. Those of others are skipped, and each of their tensors shrinks to one number."""
+        """Keeps this stage's layers. Those of others are skipped, and each of their tensors shrinks to one number.
+        Names and shapes stay. These parameters never get a gradient, so the optimizer passes over them."""
         for name in self.others:
             replace(self.model, name, Skip())
         for t, stages in self.stages_of.items():
@@ -256,10 +262,15 @@ class Pipeline:
         for p in self.trained:
             kept = {key: torch.tensor(x) if type(x) is float else x for key, x in found[self.names[p]].items()}
             p.copy_(kept["master"])
-            if p.dtype.itemsize >= 4 or len(kept) == 1:  # a parameter in fp32 is its own master copy
+            if p.dtype.itemsize >= 4 or len(kept) == 1 or not self.has_masters:  # p is its own master copy
                 del kept["master"]
             kept |= {key: x.to(p.device, copy=True) for key, x in kept.items() if torch.is_tensor(x) and x.dim()}
             self.optimizer.state[p] = kept
+
+    @functools.cached_property
+    def has_masters(self):
+        """Whether the optimizer is adamw.py's, which keeps fp32 master copies and scales gradients in fp32."""
+        return "grad_scale" in inspect.signature(self.optimizer.step).parameters
 
     def send(self, tensor, to, group):
         """Starts to send, and returns what wait() takes. Until then the tensor must stay as it is."""

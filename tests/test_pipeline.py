@@ -122,6 +122,15 @@ def train(kind, m, schedule, steps=20, clip=None, dtype="float64", cls="torch", 
         return losses, norms, trained(model), state
 
 
+def unlabelled():
+    """The losses and norms of a step of transformers' Llama with one micro-batch, and with another without labels."""
+    found, (first, second) = [], batches_of(0, 2)
+    for batches in ([first], [first, second | {"labels": torch.full_like(second["labels"], -100)}]):
+        pipe = Pipeline(model := model_of("hf llama"), optimizer_of(model))
+        found.append((pipe.backward(batches), pipe.step()))
+    return found
+
+
 def alone(kind, m, steps=20, clip=None, dtype="float64", cls="torch"):
     """The same in one process, with torch's own clipping."""
     model = model_of(kind, getattr(torch, dtype))
@@ -575,6 +584,12 @@ def test_other_dtypes(ranks, dtype, cls, tolerance):
         assert norms == pytest.approx(expected_norms, rel=tolerance)
 
 
+def test_a_micro_batch_without_labels_adds_nothing(ranks):
+    """Its mean loss is 0 / 0, but it has no share in the step's."""
+    for alone, together in ranks.job(2, "unlabelled"):
+        assert together == pytest.approx(alone, rel=1e-12) and alone[1] > 0
+
+
 def test_overflow_and_loss_scale(ranks):
     """A gradient that is infinite on one stage skips the step on all. The norm is the true one whatever the scale."""
     scaled, plain = (ranks.job(3, "overflow", scale) for scale in (2.0**8, 1.0))
@@ -655,6 +670,15 @@ def test_resume_with_another_number_of_stages(ranks, cls):
         assert largest(trained(model), expected) < 1e-12
         again = ranks.job(4, "train", "full", 2, "1f1b", steps=0, cls=cls, start=engine.state_dict())
         assert largest(again[0][2], trained(model)) == 0
+
+
+@pytest.mark.parametrize("cls", ["torch", "ours"])
+def test_a_resumed_runs_checkpoint_has_its_weights(ranks, cls):
+    """In bf16 the masters that are saved after a resume are those of the last step, and not what was loaded."""
+    how = dict(dtype="bfloat16", cls=cls)
+    start = ranks.job(2, "train", "full", 2, "1f1b", steps=1, **how)[0][3]
+    _, _, params, state = ranks.job(2, "train", "full", 2, "1f1b", steps=2, first=1, start=start, **how)[0]
+    assert all(torch.equal(state[name]["master"].bfloat16(), p) for name, p in params.items())
 
 
 def test_whole(ranks):
