@@ -9,33 +9,34 @@ r triplets, and in training those that matter least, over all layers together, a
 lora_A, P is lora_B and Λ is lora_E. P and Q start as N(0, 0.02²) and Λ as 0, so that nothing has changed.
 
 Why not prune LoRA's B A? Its columns are not orthogonal, so taking one away changes what the others do. Here a penalty
-keeps P and Q near orthogonal, and then λᵢ alone says how large triplet i is:
-    loss + γ · mean over all P and Q of ‖Pᵀ P - I‖ and ‖Q Qᵀ - I‖        (Frobenius norms, γ = 0.1 to 0.5)
+keeps P's columns and Q's rows near orthonormal, and then λᵢ alone says how large triplet i is:
+    loss + γ · mean over all P and Q of ‖Pᵀ P - 1‖ and ‖Q Qᵀ - 1‖        (Frobenius norms, γ = 0.1 to 0.5)
+The paper squares the norms. Its code and peft do not.
 
 What a number w is worth: |w · dw|, by how much the loss would change, to first order, if w were 0. One batch says
-little, so both this and its own uncertainty are averaged over steps (β = 0.85), and multiplied:
-    I ← β I + (1 - β) |w dw|       U ← β U + (1 - β) | |w dw| - I |       q = I · U
-    a triplet:  Sᵢ = q(λᵢ) + mean q(P's column i) + mean q(Q's row i)
+little, so it is averaged over steps (β = 0.85): I. So is how far it is from this average: U. A number that is worth
+more than usual in some batches is kept too, so the two are multiplied:
+    I ← β I + (1 - β) |w dw|       U ← β U + (1 - β) | |w dw| - I |       score(w) = I · U
+    a triplet:  Sᵢ = score(λᵢ) + mean score(P's column i) + mean score(Q's row i)
 
 The budget b(t), triplets of all layers that are kept, falls from r to target_r a layer along a cubic, fast at first:
     t ≤ start              all                                           warm up
     start < t < T - end    b = b_T + (b₀ - b_T) (1 - (t - start) / (T - end - start))³
     T - end ≤ t ≤ T        b_T, and always the same triplets             train what is left
 Between two prunings a λ that was set to 0 has a gradient and moves again, so a triplet can come back. From T - end on
-it cannot, for its λ is set to 0 after each step.
+it cannot, for its λ is set to 0 after each step. (The paper's eq. 12 prints t - start - end in the numerator.)
 
 Example: GPT-2, 48 linear layers, r = 12, target_r = 8: 576 triplets become 384. A triplet of c_attn has 3,073 numbers.
 Cost: LoRA's, and two numbers more for each trained one, I and U. The rank at the start sets the memory. How to choose:
-r = 1.5 target_r, α, γ and learning rate as in the paper's code (MNLI: r 3, target 1, α 16, 5e-4, γ 0.1); start about a
+the paper starts at 1.5 times the target, its code for MNLI at 3 for a target of 1 (α 16, 5e-4, γ 0.1); start about a
 tenth of all steps, end a third or more. When: a small budget over many layers. LoRA with more rank is simpler, and in
 peft's comparison better (47.8 against 37.3, at settings with a small s: see below).
 
 Pitfalls
 * s = α / r keeps the first r, whatever is pruned. With peft's defaults (α = 8, r = 12) s is 0.67, and at LoRA's
   learning rate that is slow. Even with α = 16 three times LoRA's rate was better (experiments/ranks.py).
-* Clear gradients after optimizer.step(), not before: |w dw| is taken right after the step.
-* The loss that trains has the penalty in it: about γ √r at the start. Do not compare it with LoRA's.
-* Adam's moments of a pruned λ go on: it is set to 0, not stopped.
+* The loss that trains has the penalty in it: nearly γ √r at the start. Do not compare it with LoRA's.
+* A pruned λ keeps its moments in Adam, so the next step moves it off 0 again.
 
 Compared with related methods: LoRA has one rank, or ranks that you choose (add_lora's `ranks`). The whole family in one
 table: nanopeft/__init__.py.
@@ -81,12 +82,12 @@ class AdaLoRALinear(lora.LoRALinear):
         return self.lora_E[:, 0] != 0  # (r,)
 
 
-def orthogonality(model, weight=0.1):
+def orthogonality(model, gamma=0.1):
     """The penalty: add it to the loss."""
     layers = lora.lora_layers(model).values()
     products = [m.lora_A @ m.lora_A.t() for m in layers] + [m.lora_B.t() @ m.lora_B for m in layers]  # (r, r)
     norms = [(p - torch.eye(len(p), dtype=p.dtype, device=p.device)).norm() for p in products]
-    return weight * sum(norms) / len(norms)
+    return gamma * sum(norms) / len(norms)
 
 
 def budget(t, total, start, end, first, last):
@@ -111,7 +112,8 @@ class RankBudget:
         if not self.layers or not all(isinstance(layer, AdaLoRALinear) for layer in self.layers):
             raise Error("the model has no AdaLoRA: add_adalora(model) first")
         if not 0 <= self.start < total - self.end or every < 1:
-            raise Error(f"start {self.start}, end {self.end}: pruning needs steps between them, of {total} in all")
+            where = f"start {self.start}, end {self.end}, every {every}"
+            raise Error(f"{where}: pruning needs steps between start and end, of {total} in all")
         self.first, self.last = sum(len(layer.lora_E) for layer in self.layers), target_r * len(self.layers)
         if not 0 < self.last <= self.first:
             raise Error(f"target_r must be from 1 to the rank at the start, not {target_r}")
@@ -124,19 +126,21 @@ class RankBudget:
         clock["t"] = t = clock.get("t", torch.zeros((), dtype=torch.long)) + 1
         final = self.total - self.end
         if t < final or t == 1:  # the last pruning may be at the first step
-            for p in (p for layer in self.layers for p in layer.parts()):
-                state, worth = self.optimizer.state[p], (p * p.grad).abs()  # |w dw|
-                mean, spread = (state.setdefault(name, torch.zeros_like(p)) for name in ("importance", "uncertainty"))
-                mean.lerp_(worth, 1 - self.beta)  # I
-                spread.lerp_((worth - mean).abs(), 1 - self.beta)  # U
-        if t == final or self.start < t < final and t % self.every == 0:
+            for layer in self.layers:
+                for p in layer.parts():
+                    state, worth = self.optimizer.state[p], (p * p.grad).abs()  # |w dw|
+                    if "importance" not in state:
+                        state |= {"importance": torch.zeros_like(p), "uncertainty": torch.zeros_like(p)}
+                    state["importance"].lerp_(worth, 1 - self.beta)
+                    state["uncertainty"].lerp_((worth - state["importance"]).abs(), 1 - self.beta)
+        prunes = t == final or self.start < t < final and t % self.every == 0
+        if prunes:
             n = budget(int(t), self.total, self.start, self.end, self.first, self.last)
             scores = torch.cat([self.scores(layer) for layer in self.layers])  # (first,)
-            kept = torch.zeros_like(scores, dtype=torch.bool)
-            kept[scores.topk(n).indices] = True
+            kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(0, scores.topk(n).indices, True)
             for layer, part in zip(self.layers, kept.split([len(layer.lora_E) for layer in self.layers])):
                 self.optimizer.state[layer.lora_E]["kept"] = part[:, None]  # (r, 1)
-        if t >= final or self.start < t and t % self.every == 0:
+        if prunes or t > final:
             for layer in self.layers:
                 layer.lora_E.mul_(self.optimizer.state[layer.lora_E]["kept"])
 
@@ -164,7 +168,7 @@ def add_adalora(model, targets="all-linear", *, r=12, alpha=16, dropout=0.0, mod
     for layer in lora.lora_layers(model).values():
         layer.__class__ = AdaLoRALinear
         layer.start(alpha)
-    model.lora_config |= {"peft_type": "ADALORA", "init_r": r, "target_r": r, "total_step": 1}
+    model.lora_config |= {"peft_type": "ADALORA", "init_r": r, "target_r": r, "total_step": 1}  # peft wants them
     return model
 
 
@@ -191,7 +195,7 @@ def load_adalora_state_dict(model, state):
     for name, layer in lora.lora_layers(model).items():
         A, B, E = keys = [f"base_model.model.{name}.lora_{part}" for part in "ABE"]
         if state.keys() >= {*keys}:
-            pruned = max(0, len(layer.lora_E) - len(state[E]))  # they are 0 here
+            pruned = max(0, len(layer.lora_E) - len(state[E]))  # the file has them not; here they are zeros
             state |= {key: F.pad(state[key], (0, 0, 0, pruned)) for key in (A, E)} | {B: F.pad(state[B], (0, pruned))}
     lora.load_lora_state_dict(model, state)
 
@@ -224,7 +228,7 @@ if __name__ == "__main__":
     target = (model(x) + x @ torch.randn(32, 2) @ torch.randn(2, 32) / 8).detach()  # a change of rank 2, to be learned
     add_adalora(model, r=6)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0)
-    RankBudget(model, optimizer, total=300, target_r=2)
+    RankBudget(model, optimizer, total=300, target_r=2)  # acts after each optimizer.step()
     for step in range(300):
         loss = (model(x) - target).square().mean()
         (loss + orthogonality(model)).backward()

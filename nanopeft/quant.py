@@ -101,8 +101,8 @@ def quantize_int8(x, granularity="row"):
     """(q int8 of x's shape, scale fp32 (groups, 1)). Symmetric: -127 to 127, and 0 stays 0."""
     check(x)
     groups = to_groups(x.detach(), granularity)  # (groups, size)
-    # scale = max|x| / 127
-    scale = groups.abs().amax(1, keepdim=True).float() / 127  # (groups, 1)
+    # scale = max|x| / 127, in fp64: a GPU multiplies by 1 / 127, which in fp32 may give the number next to it
+    scale = (groups.abs().amax(1, keepdim=True).double() / 127).float()  # (groups, 1)
     divisor = torch.where(scale > 0, scale, 1)  # a group of zeros has scale 0
     q = torch.empty(groups.shape, dtype=torch.int8, device=x.device)
     for out, x_part, s in pieces(q, groups, divisor):

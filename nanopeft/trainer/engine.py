@@ -4,7 +4,7 @@
     engine.backward(loss)          once for each micro-batch; a pipeline: loss = engine.backward_batches(all of them)
     norm = engine.step(lr, clip)   clip the gradient, update, clear; fp16's loss scale is kept here
     with engine.whole() as model:  a model with all its parameters, to evaluate and to save
-    engine.loss(rows)              of a batch, without a gradient; whole() may take longer
+    engine.loss(rows)              of a batch, without a gradient, and without gathering a whole model
     engine.state_dict()            {parameter name: {"master", "m", "v"}}, of several ranks on rank 0: the same for
     engine.load_state_dict(...)    each kind of engine and number of ranks, so that a run goes on with another one
 """
@@ -20,12 +20,12 @@ from nanopeft.trainer.evaluate import mean_loss, to_device
 
 
 def in_groups(params, args):
-    """Groups for an optimizer. Decay is for matrices, not for biases, norms and factors; LoRA+ gives B another rate."""
-    groups, plus = {}, 1 if args.lora_plus is None else args.lora_plus
+    """Groups for an optimizer. Decay is for matrices: not for biases, norms and IA3's l. LoRA+ gives B another rate."""
+    groups, ratio = {}, 1 if args.lora_plus is None else args.lora_plus
     for name, p in params.items():
         decay = args.weight_decay if p.dim() > 1 and not name.endswith("ia3_l") else 0.0
-        groups.setdefault((decay, plus if name.endswith("lora_B") else 1), []).append(p)
-    return [{"params": some, "weight_decay": decay, "times": times} for (decay, times), some in groups.items()]
+        groups.setdefault((decay, ratio if name.endswith("lora_B") else 1), []).append(p)
+    return [{"params": some, "weight_decay": decay, "lr_ratio": ratio} for (decay, ratio), some in groups.items()]
 
 
 def storage_dtype(args, dtype):
@@ -82,7 +82,7 @@ class Engine:
     def step(self, lr, clip):
         """The norm of the gradient over all ranks; 0 where a step is skipped, for it overflowed fp16."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["times"]
+            group["lr"] = lr * group["lr_ratio"]
         norm = self.inner.step(clip, self.loss_scale)
         self.clean += 1
         if not math.isfinite(norm) and self.loss_scale > 1:
@@ -98,8 +98,8 @@ class Engine:
             yield model
 
     def uncompiled(self):
-        """Outside of training blocks run as they are: torch.compile makes a few variants of a function, and then none.
-        Validation and generation would use them up, with other shapes and a cache, and training would get no more."""
+        """Validation and generation run uncompiled. torch.compile makes a few variants of a function and then gives up:
+        their other shapes would leave none for training."""
         has_stance = self.compiles and hasattr(torch.compiler, "set_stance")  # from torch 2.6 on
         return torch.compiler.set_stance("force_eager") if has_stance else nullcontext()
 
@@ -141,7 +141,8 @@ class OneProcess:
             p.data.copy_(kept["master"])
             if p.dtype.itemsize >= 4 or len(kept) == 1:
                 del kept["master"]
-            self.optimizer.state[p].update({k: x.to(p.device) if torch.is_tensor(x) else x for k, x in kept.items()})
+            for key, x in kept.items():  # a count stays on the CPU: reading it must not wait for a GPU
+                self.optimizer.state[p][key] = x.to(p.device) if torch.is_tensor(x) and x.dim() else x
 
 
 class TensorParallel(OneProcess):

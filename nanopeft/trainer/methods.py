@@ -26,16 +26,16 @@ class Method(NamedTuple):
     settings: Callable = lambda args, encoding, train, model: {}  # from the flags
     peft_types: tuple = ()  # in adapter_config.json
     read_config: Callable | None = None  # settings from adapter_config.json
-    state_dict: Callable | None = None
-    config: Callable | None = None
-    load: Callable | None = None
-    discard: Callable = nothing  # what only made the parameters, before they are evaluated and saved
+    state_dict: Callable | None = None  # what is saved
+    config: Callable | None = None  # the adapter_config.json that goes with it
+    load: Callable | None = None  # (model, state): puts what was saved back
+    discard: Callable = nothing  # removes the encoder that only made the parameters, before they are saved
     penalty: Callable = lambda model: 0.0  # added to the loss
     attach: Callable = nothing  # (model, optimizer, args): what acts after each step of the optimizer
 
 
 def lora_settings(args, *_):
-    own = {name: getattr(args, name) for name in ("init", "ranks") if getattr(args, name)}  # not of all its kin
+    own = {name: getattr(args, name) for name in ("init", "ranks") if getattr(args, name)}  # some variants lack them
     return {"targets": args.targets, "r": args.rank, "alpha": args.alpha} | own
 
 
@@ -67,57 +67,63 @@ def prune(model, optimizer, args):
 
 
 LORA = {"lr": 5e-3, "rank": 8, "alpha": 16.0, "targets": "all-linear", "ranks": None, "lora_plus": None}
-LORA_FILES = (lora.lora_state_dict, lora.lora_config, lora.load_lora_state_dict)
+LORA_FILES = dict(state_dict=lora.lora_state_dict, config=lora.lora_config, load=lora.load_lora_state_dict)
 METHODS = {
     "full": Method({"lr": 3e-4}),
     "lora": Method(
-        LORA | {"init": "kaiming"}, lora.add_lora, lora_settings, ("LORA",), peft_config.lora_arguments, *LORA_FILES,
+        LORA | {"init": "kaiming"}, lora.add_lora, lora_settings,
+        peft_types=("LORA",), read_config=peft_config.lora_arguments, **LORA_FILES,
     ),
     "qlora": Method(
-        LORA | {"quant": "nf4"}, qlora.add_qlora,
-        lambda args, *_: lora_settings(args) | {"quant_type": args.quant}, (), None, *LORA_FILES,
+        LORA | {"quant": "nf4"}, qlora.add_qlora, lambda args, *_: lora_settings(args) | {"quant_type": args.quant},
+        **LORA_FILES,
     ),
-    "dora": Method(LORA, dora.add_dora, lora_settings, (), None, *LORA_FILES),
+    "dora": Method(LORA, dora.add_dora, lora_settings, **LORA_FILES),
     "adalora": Method(
         {"lr": 1.5e-2, "rank": 12, "alpha": 16.0, "targets": "all-linear", "target_rank": 8},
-        adalora.add_adalora, lora_settings, ("ADALORA",),
-        peft_config.adalora_arguments,
-        adalora.adalora_state_dict, adalora.adalora_config, adalora.load_adalora_state_dict,
+        adalora.add_adalora, lora_settings,
+        peft_types=("ADALORA",), read_config=peft_config.adalora_arguments, state_dict=adalora.adalora_state_dict,
+        config=adalora.adalora_config, load=adalora.load_adalora_state_dict,
         penalty=adalora.orthogonality, attach=prune,
     ),
-    "ia3": Method({"lr": 3e-2}, ia3.add_ia3, lambda *_: {}, ("IA3",), peft_config.ia3_arguments, *LORA_FILES),
+    "ia3": Method(
+        {"lr": 3e-2}, ia3.add_ia3, peft_types=("IA3",), read_config=peft_config.ia3_arguments, **LORA_FILES,
+    ),
     "bitfit": Method(
-        {"lr": 1e-2}, ia3.add_bitfit, lambda *_: {}, ("BITFIT",), lambda config: {},
-        ia3.bitfit_state_dict, lambda model: {"peft_type": "BITFIT"}, ia3.load_bitfit_state_dict,
+        {"lr": 1e-2}, ia3.add_bitfit,
+        peft_types=("BITFIT",), read_config=lambda config: {}, state_dict=ia3.bitfit_state_dict,
+        config=lambda model: {"peft_type": "BITFIT"}, load=ia3.load_bitfit_state_dict,
     ),
     "adapter": Method(
         {"lr": 5e-3, "placement": "pfeiffer", "reduction": 8},
         adapter.add_adapter, lambda args, *_: {"placement": args.placement, "reduction": args.reduction},
-        ("BOTTLENECK_ADAPTER",), peft_config.adapter_arguments,
-        adapter.adapter_state_dict, adapter.adapter_config, adapter.load_adapter_state_dict,
+        peft_types=("BOTTLENECK_ADAPTER",), read_config=peft_config.adapter_arguments,
+        state_dict=adapter.adapter_state_dict, config=adapter.adapter_config, load=adapter.load_adapter_state_dict,
     ),
     "fusion": Method(
-        {"lr": 1e-3, "adapters": None},
-        adapter.add_fusion, fusion_settings, ("ADAPTER_FUSION",), peft_config.fusion_arguments,
-        adapter.fusion_state_dict, adapter.fusion_config, adapter.load_fusion_state_dict,
+        {"lr": 1e-3, "adapters": None}, adapter.add_fusion, fusion_settings,
+        peft_types=("ADAPTER_FUSION",), read_config=peft_config.fusion_arguments,
+        state_dict=adapter.fusion_state_dict, config=adapter.fusion_config, load=adapter.load_fusion_state_dict,
         penalty=adapter.fusion_penalty,
     ),
     "prefix": Method(
         {"lr": 1e-1, "tokens": 20, "hidden": None},
         prefix.PrefixTuning, lambda args, *_: {"n_tokens": args.tokens, "hidden": args.hidden},
-        ("PREFIX_TUNING",), peft_config.prefix_arguments,
-        prefix.prefix_state_dict, prefix.prefix_config, prefix.load_prefix_state_dict, prefix.fold_prefix,
+        peft_types=("PREFIX_TUNING",), read_config=peft_config.prefix_arguments,
+        state_dict=prefix.prefix_state_dict, config=prefix.prefix_config, load=prefix.load_prefix_state_dict,
+        discard=prefix.fold_prefix,
     ),
     "prompt": Method(
-        {"lr": 1e-1, "tokens": 20, "init": "vocabulary"},
-        prompt.PromptTuning, prompt_settings, ("PROMPT_TUNING",), peft_config.prompt_arguments,
-        prompt.prompt_state_dict, prompt.prompt_config, prompt.load_prompt_state_dict,
+        {"lr": 1e-1, "tokens": 20, "init": "vocabulary"}, prompt.PromptTuning, prompt_settings,
+        peft_types=("PROMPT_TUNING",), read_config=peft_config.prompt_arguments,
+        state_dict=prompt.prompt_state_dict, config=prompt.prompt_config, load=prompt.load_prompt_state_dict,
     ),
     "ptuning": Method(
         {"lr": 3e-3, "tokens": None, "encoder": "lstm", "template": None},
         ptuning.PTuning, lambda args, *_: {"n_tokens": args.tokens, "encoder": args.encoder, "template": args.template},
-        ("P_TUNING", "P_TUNING_TEMPLATE"), peft_config.ptuning_arguments,
-        ptuning.ptuning_state_dict, ptuning.ptuning_config, ptuning.load_ptuning_state_dict, ptuning.fold_ptuning,
+        peft_types=("P_TUNING", "P_TUNING_TEMPLATE"), read_config=peft_config.ptuning_arguments,
+        state_dict=ptuning.ptuning_state_dict, config=ptuning.ptuning_config, load=ptuning.load_ptuning_state_dict,
+        discard=ptuning.fold_ptuning,
     ),
 }  # fmt: skip
 
@@ -142,7 +148,7 @@ def load_base(base, encoding, dtype, device):
 
 
 def check_base(folder, base_checksum, base, model, force):
-    """Error for an adapter of another base than the model: on this one its numbers mean nothing. peft's say of none."""
+    """Error for an adapter of another base: on this one its numbers mean nothing. peft's name no base, and pass."""
     if base_checksum not in (None, model.checksum) and not force:
         what = f"{folder} was trained on a base of other weights, shape or tokenizer than {base} has"
         raise Error(f"{what}: give it its own base, or use it all the same with --force")
@@ -209,7 +215,7 @@ def count(method, base_size, model):
 
 
 def save(model, encoding, args, folder, base_checksum):
-    """Writes what was trained, full: the whole model. The numbers and bytes on the disk."""
+    """Writes what was trained; with full the whole model. Returns how many numbers and bytes are on the disk."""
     method = METHODS[args.method]
     if method.state_dict is None:
         files = save_whole(model, encoding, folder)
@@ -228,12 +234,12 @@ def save(model, encoding, args, folder, base_checksum):
 
 
 def save_whole(model, encoding, folder):
-    """Writes a model that transformers opens, with its tokenizer. The names of the files."""
+    """Writes a model that transformers opens, with its tokenizer. Returns the names of the files."""
     try:
         files = bases.save_base(model, encoding, folder)
         (folder / "adapter_config.json").unlink(missing_ok=True)  # of an earlier run: load would open it
     except (OSError, SafetensorError) as error:
-        raise Failure(f"{folder} cannot be written: {error}; --resume writes it again") from None
+        raise Failure(f"{folder} cannot be written: {error}; --resume, or the same --merge, writes it") from None
     return files
 
 
