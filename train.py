@@ -25,7 +25,7 @@ import os
 import time
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin stall a machine with other work
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: waiting threads soon sleep, and leave others the cores
 
 import torch
 import torch.distributed as dist
@@ -55,7 +55,9 @@ def main():
 
 
 def fine_tune(args, precision, ranks):
-    (rank, world, device, _), dtype, began = ranks, process.DTYPES[precision], time.perf_counter()
+    began = time.perf_counter()
+    rank, world, device, _ = ranks
+    dtype = process.DTYPES[precision]
     out, state = Path(args.out), Path(args.out) / "state.safetensors"
     torch.manual_seed(args.seed)
     process.settle_kernels()
@@ -84,7 +86,7 @@ def fine_tune(args, precision, ranks):
     # Method: freezes the base and adds what is trained
     model = methods.add(base, args, encoding, train)
     methods.fit_data(model, args, encoding, train, valid)
-    if known and getattr(model, "template", None):  # on text without virtual tokens the base stays as it was
+    if known and getattr(model, "template", None):  # without the template's virtual tokens the model is the base
         if args.remember != ["library"]:
             raise Error("--remember: on text without the template nothing changes; leave it out")
         known = None
@@ -96,8 +98,8 @@ def fine_tune(args, precision, ranks):
     if args.compile:
         compile_blocks(blocks)
 
-    # Engine: one process, ZeRO, FSDP, tensor parallelism or a pipeline. backward adds gradients up; step sums them over
-    # ranks, clips their norm, updates by AdamW unless it is inf or NaN, and clears them; whole gathers sharded weights
+    # Engine: one process, ZeRO, FSDP, tensor parallelism or a pipeline. backward adds up gradients. step sums them over
+    # ranks, clips them by their norm, and lets AdamW update if the norm is finite. whole gathers what is sharded
     rebuild = lambda: methods.add(methods.load_base(args.base, encoding, dtype, device), args, encoding, train)  # noqa: E731
     engine = Engine(args, model, blocks, dtype, rebuild)
     method.attach(model, engine.optimizer, args)
@@ -106,7 +108,8 @@ def fine_tune(args, precision, ranks):
     progress = resume(args, state, checksums, engine, ranks)
     trained = f"{counts['trained_parameters']:,} of {counts['total_parameters']:,} parameters"
     ranks.say(f"{trained} are trained, with a learning rate of {args.lr:g} at its peak")
-    # What is evaluated on the way: a quarter of the tokens trained on in between, which takes a tenth of the time
+    # Evaluations on the way take a part of the data: a quarter of the tokens trained on in between, and a tenth of the
+    # time, as a forward pass costs a third of a step
     watched = valid.head(max(2048, args.eval_every * per_step * args.length // 4))
     if progress.step == 0:
         with engine.whole() as complete:
@@ -127,7 +130,7 @@ def fine_tune(args, precision, ranks):
         for step in range(progress.step, args.steps):
             if progress.is_stuck(args.patience):
                 break
-            # 1. Sample. The seed is of the step's number, so --resume draws what a run without a break would have drawn
+            # 1. Sample. Seeds depend on the step's number alone: --resume draws what an unbroken run would have drawn
             torch.manual_seed(args.seed * 1_000_003 + step)
             first = step * per_step
             batches = [train.sample(args.batch, i, args.seed) for i in range(first, first + per_step, args.batch)]
@@ -147,10 +150,10 @@ def fine_tune(args, precision, ranks):
                         engine.backward(objective)
                         loss += part.detach()
                 step_memory.after_backward(step)
-                # 3. Clip and update. Here the host waits for a GPU, since the update depends on the norm; not before
+                # 3. Clip and update. Here the host first waits for a GPU: the norm decides whether to update
                 norm = engine.step(learning_rate(step, args), args.clip)
             loss = ranks.sum(float(loss)) / ranks.copies
-            check(loss, norm, progress, state)
+            check_finite(progress, state, loss=loss, norm=norm)
             # 4. Log
             progress.step += 1
             progress.losses.append(loss)
@@ -167,11 +170,13 @@ def fine_tune(args, precision, ranks):
                         methods.save(complete, encoding, args, out, checksums["base"])
                         progress.kept = checkpoint.checksum_of(out)
                 meter.lap(progress)
-            # 6. Save, always after a better one: both are then of one run. A signal may come to one rank first
+            # 6. Save the state: always with better weights, so that the two fit. Ranks agree on a stop, as a signal may
+            # reach one of them earlier
             stopped = ranks.sum(len(stop)) > 0
             if stopped or better or last or progress.step % args.save_every == 0:
                 meter.lap(progress, training=True)
                 save(engine, progress, state, batches[-1], ranks)
+                meter.lap(progress)
             if stopped and progress.step < args.steps:
                 raise Failure(f"stopped after step {progress.step}: {state} is saved, and --resume goes on from it")
 
@@ -196,8 +201,8 @@ def fine_tune(args, precision, ranks):
 
 
 def compile_blocks(blocks):
-    """torch.compile for each block. All run one code, of which torch makes eight variants at most: too few where a
-    prefix gives each block the keys and values of its own layer."""
+    """torch.compile for each block. All share one function, which torch compiles in eight variants at most. With a
+    prefix each block needs its own, since it has other keys and values."""
     torch._dynamo.config.cache_size_limit = max(8, 4 * len(blocks))
     for block in blocks:
         block.compile()
@@ -222,18 +227,19 @@ def examine(args, model, valid, known, encoding, opening, ranks, when):
     return {"loss": loss, "bits": bits, "accuracy": right, "known": old, "sample": text}
 
 
-def check(loss, norm, progress, state):
-    """Raises Failure for a loss or gradient norm that is inf or NaN; the engine has not updated anything by it."""
-    if not (math.isfinite(loss) and math.isfinite(norm)):
+def check_finite(progress, state, **values):
+    """Raises Failure for a loss or gradient norm that is inf or NaN."""
+    if not all(map(math.isfinite, values.values())):
+        found = ", ".join(f"{name} {value}" for name, value in values.items())
         left = f"{state} stays as it was" if state.exists() else "nothing was saved"
-        raise Failure(f"loss {loss}, gradient norm {norm} at step {progress.step}: try a smaller --lr; {left}")
+        raise Failure(f"{found} at step {progress.step}: try a smaller --lr; {left}")
 
 
 @torch.no_grad()
 def save(engine, progress, state, batch, ranks):
     """Saves all that --resume needs, after one more loss: weights that a step has ruined must not replace good ones."""
     rows = [ranks.share(t).to(ranks.device) for t in batch]
-    check(ranks.sum(engine.loss(rows)), 0.0, progress, state)
+    check_finite(progress, state, loss=ranks.sum(engine.loss(rows)))
     states = engine.state_dict()
     progress.loss_scale, progress.clean, progress.skipped = engine.loss_scale, engine.clean, engine.skipped
     if ranks.rank == 0:

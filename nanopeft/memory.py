@@ -13,7 +13,7 @@ ACTIVATIONS are the numbers of forward that backward needs. One block of GPT-2 k
 
     x ─┬─ ln_1 ─ c_attn ─ attention ─ c_proj ─(+)─┬─ ln_2 ─ c_fc ─ GELU ─ mlp.c_proj ─(+)─
        └───────────────────────────────────────┘  └────────────────────────────────────┘
-    kept for backward      by                                       full   LoRA   frozen
+    kept for backward      by                                       full   LoRA   prompt
     input of ln_1          the norm                                   1      1      1
     output of ln_1         c_attn, for dW = dyᵀ x; LoRA, for dA       1      1      0
     q, k, v                attention                                  3      3      3
@@ -25,14 +25,16 @@ ACTIVATIONS are the numbers of forward that backward needs. One block of GPT-2 k
     sum                                                              16     16     10
 
 So L blocks keep 16·L·n·d·e bytes. GPT-2 on 4 rows of 256 tokens in bf16: 12·16·1024·768·2 = 0.302 GB, more than the
-0.249 GB of its weights. Statistics of norms and attention add 0.23 %. With --method full the program prints 0.462,
-since gpt.py makes the head's gradient already in the loss: 4·V·d bytes = 0.154 GB, kept for backward like activations.
+0.249 GB of its weights. With --method full the program prints 0.462. Statistics of norms and attention, the last norm's
+input and the gradient of the loss's input are 0.005 of that. 0.154 are the head's gradient, 4·V·d bytes, which gpt.py
+makes already in the loss and keeps for backward like activations.
 A Llama block with fused norms keeps 6 + 2·w/d + 4·f/d, full or with LoRA on all linear layers (w: width of the keys,
 f: of the gated MLP). For llama-7b this is 18.75. Frozen it keeps 4 + 2·w/d + 3·f/d, 14.06.
 
-Does PEFT cut activations? Hardly. The gradient runs through frozen layers too, down to the lowest trained number. Below
-it nothing is kept, so the first block keeps a little less. A frozen linear layer does not need x, since dx = dy W: the
-last column, prompt tuning. But LoRA on it needs the same x for dA. What PEFT cuts is gradients and optimizer states.
+Does PEFT cut activations? LoRA hardly, prompt tuning by 6 of 16. The gradient runs through frozen layers too, down to
+the lowest trained number. Below it nothing is kept, so the first block keeps a little less. A frozen linear layer does
+not need x, since dx = dy W: the last column. But LoRA on it needs the same x for dA. What PEFT cuts is gradients and
+optimizer states.
 
 T² term: fused attention (FlashAttention, torch's scaled_dot_product_attention) keeps no scores; backward computes them
 again. Unfused attention keeps T scores for each head and token: with dropout a block keeps n·d·(34 + 5·H·T/d) bytes in
@@ -48,7 +50,9 @@ STATES with Adam, in bytes for each parameter, on each of N devices. Activations
     mixed precision    2 + 2 + (4 + 4 + 4)         16 Ψ       96.00 GB       112.00 GB    fp32 master copy, m, v
     LoRA, r = 8        2 Ψ + 16 Ψ_t                           12.26 GB        14.28 GB    adapters in fp32
     QLoRA, r = 8       0.516 Ψ + 16 Ψ_t                        3.35 GB         3.89 GB    NF4 has 4.127 bits
-    ZeRO 1, 2, 3       what each divides by N: zero.py           38.50, 26.25, 14.00 GB    of mixed precision
+    ZeRO 1             2 + 2 + 12 / N                                             38.50 GB    of mixed precision:
+    ZeRO 2             2 + (2 + 12) / N                                           26.25 GB    zero.py
+    ZeRO 3             (2 + 2 + 12) / N                                           14.00 GB
 Ψ_t is the sum of r·(in + out) over the adapted layers, 16·L·d·r for all four of a GPT-2 block. A bare 6B is taken as
 12·L·d² with d = 128·L: L = 31.25, Ψ_t = 16.0 million. 0.516 Ψ is a lower bound, since embeddings stay in 16 bits.
 "Full training takes about 4 times the model": the four are parameter, gradient, m and v. For 6B this is 4 times the
@@ -72,16 +76,16 @@ PEAK. Forward fills the activations; backward frees them and fills the gradients
     in backward           all activations, gradients around the last GELU       many tokens
     after backward        all gradients, no activations                         full training on very few tokens
 
-OUT OF MEMORY? Try in this order:                       saves                     costs
-    1. k smaller micro-batches, gradients accumulated   activations / k           k passes, each less efficient
-    2. recomputation (recompute.py), --recompute 1      keeps n·d·e for a block   forward again: +2/9; LoRA +1/2
-    3. LoRA                                             14 Ψ become 16 Ψ_t        capacity to learn much that is new
-    4. QLoRA; in full training 8-bit Adam               2 to 0.516; 16 to 10 Ψ    time to dequantize; rounding
-    5. ZeRO over N devices, then offload                states / N                traffic (zero.py); a slow update
+OUT OF MEMORY? Try in this order:                       what changes              costs
+    1. k smaller micro-batches, gradients accumulated   activations → / k         k passes, each less efficient
+    2. recomputation (recompute.py), --recompute 1      a block → n·d·e           2/9 of a step's FLOPs; LoRA 1/2
+    3. LoRA                                             14 Ψ → 16 Ψ_t             capacity to learn much that is new
+    4. QLoRA; in full training 8-bit Adam               2 → 0.516 Ψ; 16 → 10 Ψ    time to dequantize; rounding
+    5. ZeRO over N devices, then offload                states → / N              traffic (zero.py); a slow update
 Recomputation (gradient checkpointing) runs each block again in backward, so 16·n·d·e live for one block at a time.
 
 INFERENCE takes 2 Ψ: each weight once, in 16 bits, and one layer's activations at a time. On top comes the KV cache,
-keys and values of all earlier tokens: 2·L·d·T·B·e bytes, for llama-7b and one row of 4096 tokens 2.147 GB beside 13.477
+keys and values of all earlier tokens: 2·L·d·T·B·e bytes, for llama-7b and one row of 2048 tokens 1.074 GB beside 13.477
 GB of weights. Grouped-query attention caches fewer heads: llama-70b 8 instead of 64, an eighth.
 PITFALLS. A GPU needs more than the sum: CUDA context, cuBLAS workspace, fragmentation. Validation without no_grad keeps
 activations. On a CPU this program is exact for our GPT, the peak within 3 %. Llama is an estimate.
@@ -273,7 +277,7 @@ MODELS = {
         "gpt2-medium gpt2 24 1024 16 50257 1024", "gpt2-large gpt2 36 1280 20 50257 1024",
         "gpt2-xl gpt2 48 1600 25 50257 1024", "gpt-6b gpt2 28 4096 16 50400 2048",  # a GPT-2 of GPT-J's size
         "llama-7b llama 32 4096 32 32000 2048 11008 32", "llama-13b llama 40 5120 40 32000 2048 13824 40",
-        "llama-70b llama 80 8192 64 32000 2048 28672 8",
+        "llama-70b llama 80 8192 64 32000 4096 28672 8",  # Llama 2; the smaller two are the first Llama
     ))
 }  # fmt: skip
 

@@ -21,10 +21,10 @@ hidden number. gelu(a + b) is not gelu(a) + gelu(b), so an all-reduce of 4 n d n
 The bias b is added after g. Before it, it would be added t times.
 
 Attention: q, k and v are column-parallel by heads, so rank i computes H/t heads alone. The output projection is
-row-parallel. GPT-2's c_attn holds q, k and v in one matrix, and each of the three is split. t must divide the heads, in
-a Llama with grouped heads those of k and v: a rank has some of them, and all query heads that read these.
-Norms, position embeddings and biases b are replicated: each rank has them whole. All ranks compute the same gradients
-for them, so they stay equal to the bit, without any message.
+row-parallel. GPT-2's c_attn holds q, k and v in one matrix, and each of the three is split. t must divide the number of
+heads, in a Llama with grouped heads that of k's and v's: a rank has some of these, and all query heads that use them.
+Norms, position embeddings and biases of row-parallel layers are replicated: each rank has them whole. All ranks compute
+the same gradients for them, so they stay equal to the bit, without any message.
 
 Vocabulary: rank i has the embeddings of V/t tokens. It looks up those tokens and gives 0 for others; g adds up. V is
 padded to a multiple of t (GPT-2's is 50257 = 29 · 1733). The head is column-parallel, so rank i has logits z_i (n, V/t)
@@ -45,8 +45,8 @@ head make one each. For an all-reduce of N numbers a rank sends 2 N (t - 1) / t.
     while a rank computes for 51 ms (6 · 6.7e9 · n FLOPs / 8 at 400e12 a second)
 The next product needs the sum, so every rank waits for it. Hence t is at most the GPUs of a node, often 8.
 Memory: parameters, gradients, optimizer state, logits, and the activations inside attention and MLP shrink to 1/t. The
-residual stream x and the norms' activations stay whole. Sequence parallelism splits them too: f becomes an all-gather
-and g a reduce-scatter, which send as much.
+residual stream x and the norms' activations stay whole. Sequence parallelism splits them too: f becomes an all-gather,
+with a reduce-scatter in backward, and g the reverse. An all-reduce is these two, so the traffic is the same.
 
 When: a layer or its activations do not fit one device, or a small batch must be fast, as in generation. If ZeRO fits
 and the batch is large, ZeRO is simpler and mostly faster: it sends 2 or 3 numbers a parameter, however large the batch.
@@ -58,7 +58,7 @@ Pitfalls
 * Clip with clip_grad_norm: it adds the squares of split parameters over ranks, and counts replicated ones once.
 * shard() comes after adapters are added and parameters frozen. Recomputation repeats forward's all-reduces.
 * Dropout of attention weights, as in transformers' GPT-2, draws the same masks on all ranks. So the first head of each
-  rank has the same mask, and so on, where one process draws one for each head.
+  rank has one mask, the second another. One process would draw one for each of all heads.
 Papers: Megatron-LM, arXiv 1909.08053, section 3; sequence parallelism, 2205.05198; 3D parallelism, 2104.04473.
 The whole family in one table: nanopeft/__init__.py
 """
@@ -112,12 +112,17 @@ class Reduce(torch.autograd.Function):
 f, g = Copy.apply, Reduce.apply
 
 
+# shard() makes these layers. It gives each its group and, where it has rows of a vocabulary, the first of them. A split
+# parameter knows by .shard of which whole it is a part: see split().
+
+
 class ColumnParallelLinear(nn.Linear):
-    """y_i = f(x) W_iᵀ + b_i: nn.Linear with fewer outputs. f is at the norm before, once for q, k and v."""
+    """y_i = f(x) W_iᵀ + b_i: nn.Linear with fewer outputs. f is a hook on the norm before, once for q, k and v."""
 
 
 class RowParallelLinear(nn.Linear):
-    """y = g(x_i W_iᵀ) + b. add_parts is a hook on this layer, or on LoRA around it, whose part is then in the sum."""
+    """y = g(x_i W_iᵀ) + b. forward gives this rank's term. The hook add_parts sums the terms and adds b. If there is
+    LoRA around the layer, the hook is on that, so that the sum has LoRA's term too."""
 
     def forward(self, x):
         return F.linear(x, self.weight)  # (..., in/t) -> (..., out), one of t parts
