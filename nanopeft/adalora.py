@@ -43,8 +43,6 @@ table: nanopeft/__init__.py.
 Paper: AdaLoRA, arXiv 2303.10512, eq. 3, 4 and 7 to 12.
 """
 
-import re
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -203,23 +201,6 @@ def load_adalora_state_dict(model, state):
 def ranks(model):
     """{layer: how many triplets it has}."""
     return {name: int(layer.kept().sum()) for name, layer in lora.lora_layers(model).items()}
-
-
-def svg(ranks):
-    """A picture of the ranks: a row for each kind of layer, a column for each block."""
-    number = re.compile(r"\.?\b(\d+)\b")  # the first in a name is its block's
-    place = {name: (number.sub("", name, count=1), *map(int, number.findall(name)[:1])) for name in ranks}
-    kinds = [*dict.fromkeys(kind for kind, *_ in place.values())]
-    left, most = 8 * max(map(len, kinds)) + 10, max(*ranks.values(), 1)
-    width, height = left + 30 * (1 + max((block[0] if block else 0) for _, *block in place.values())), 30 * len(kinds)
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="monospace">']
-    parts += [f'<text x="0" y="{30 * i + 20}" font-size="12">{kind}</text>' for i, kind in enumerate(kinds)]
-    for name, n in ranks.items():
-        kind, *block = place[name]
-        x, y = left + 30 * (block[0] if block else 0), 30 * kinds.index(kind)
-        parts.append(f'<rect x="{x}" y="{y}" width="29" height="29" fill="#1f77b4" fill-opacity="{n / most:.2f}"/>')
-        parts.append(f'<text x="{x + 14}" y="{y + 20}" font-size="12" text-anchor="middle">{n}</text>')
-    return "\n".join([*parts, "</svg>"])
 
 
 if __name__ == "__main__":

@@ -341,16 +341,6 @@ def draw(timeline, width):
     return "\n".join(map("".join, rows))
 
 
-def svg(timeline, width=960, row=24):
-    """The same as a picture: forward blue, backward green, each with the number of its micro-batch."""
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{row * len(timeline)}" font-size="12">']
-    for stage, what, i, start, end in scaled(timeline, width):
-        color, y = "#9ecae1" if what == "F" else "#a1d99b", stage * row
-        out.append(f'<rect x="{start:.1f}" y="{y}" width="{end - start:.1f}" height="{row - 2}" fill="{color}"/>')
-        out.append(f'<text x="{(start + end) / 2:.1f}" y="{y + 16}" text-anchor="middle">{i}</text>')
-    return "\n".join([*out, "</svg>"])
-
-
 # ------------------------------------------------------------------------------------------------------------ plumbing
 
 PARTS = {  # by config.model_type: layers before the blocks, the embedding first; blocks; layers after them

@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file
 
 from nanopeft import data, gpt
-from nanopeft.trainer import arguments, evaluate, methods, process, report
+from nanopeft.trainer import arguments, evaluate, methods, pictures, process
 from nanopeft.trainer.bases import load_base, load_tokenizer
 from nanopeft.trainer.files import load_known
 
@@ -331,7 +331,7 @@ def test_names_in_pictures(name, shown):
     from matplotlib import rcParams
     from matplotlib.font_manager import fontManager, get_font
 
-    found = report.drawable(name)
+    found = pictures.drawable(name)
     has_font = any(ord("中") in get_font(font.fname).get_charmap() for font in fontManager.ttflist)
     assert found == (shown or ("中.txt" if has_font else r"\u4e2d.txt"))
     rcParams["font.family"] = rcParams["font.family"][:1]

@@ -2,6 +2,7 @@
 """train.py as a user runs it, on a base of one small layer that is made here."""
 
 import functools
+import io
 import json
 import math
 import os
@@ -19,8 +20,8 @@ import torch
 from matplotlib import font_manager
 from safetensors.torch import load_file, save_file
 
-from nanopeft import adamw, data, gpt, ptuning, zero
-from nanopeft.trainer import bases, compare, evaluate, methods, process, report, tokenizer
+from nanopeft import adamw, data, gpt, pipeline, ptuning, zero
+from nanopeft.trainer import bases, compare, evaluate, methods, pictures, process, tokenizer
 from nanopeft.trainer import files as files_of
 from nanopeft.trainer.bases import load_gpt, save_gpt
 
@@ -354,10 +355,40 @@ def test_what_got_worse_was_not_learned(monkeypatch, tmp_path, quantity, after):
     """In forgetting.png a method whose loss has risen, or whose accuracy has fallen, is left of zero."""
     found = {f"{quantity}_before": {"loss": 3.0, "accuracy": 0.2}[quantity], f"{quantity}_after": after}
     learned = []
-    monkeypatch.setattr(compare, "mark", lambda axes, points: learned.extend(x for x, _ in points.values()))
-    run = found | {"known_loss_before": 1.0, "known_loss_after": 2.0}
-    compare.plot_forgetting(tmp_path / "forgetting.png", {"full": run}, quantity, "task")
+    monkeypatch.setattr(pictures, "mark", lambda axes, points: learned.extend(x for x, _ in points.values()))
+    pictures.plot_forgetting(tmp_path / "forgetting.png", {"full": found | {"forgotten": 1.0}}, quantity, "task")
     assert len(learned) == 1 and learned[0] < 0
+
+
+def drawn(monkeypatch, plot, *args):
+    """The axes of a picture that was saved as an SVG."""
+    figures, make = [], pictures.new_figure
+    monkeypatch.setattr(pictures, "new_figure", lambda *size: figures.append(make(*size)) or figures[-1])
+    plot(file := io.BytesIO(), *args)
+    assert file.getvalue().startswith(b"<?xml")
+    return figures[0].axes[0]
+
+
+def test_picture_of_ranks(monkeypatch):
+    """AdaLoRA's ranks stand in a row for each kind of layer and a column for each block, none on top of another."""
+    ranks = {"h.0.attn.c_proj": 0, "h.0.mlp.c_fc": 1, "h.1.attn.c_proj": 3, "h.1.mlp.c_fc": 4}
+    axes = drawn(monkeypatch, pictures.plot_ranks, ranks)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["h.attn.c_proj", "h.mlp.c_fc"]
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {
+        (0, 0): "0", (0, 1): "1", (1, 0): "3", (1, 1): "4"
+    }  # fmt: skip
+    experts = {f"h.{i}.experts.{j}": 1 for i in range(2) for j in range(3)}
+    assert len({text.get_position() for text in drawn(monkeypatch, pictures.plot_ranks, experts).texts}) == 6
+
+
+def test_picture_of_a_timeline(monkeypatch):
+    """A pipeline's timeline has a bar and a number for each forward and backward, where and as long as it was."""
+    timeline = pipeline.simulate(2, "1f1b", [1, 1], [2, 2])
+    axes = drawn(monkeypatch, pictures.plot_timeline, timeline)
+    events = [event for stage in timeline for event in stage]
+    assert [text.get_text() for text in axes.texts] == [str(i) for _, i, *_ in events]
+    assert [bar.get_x() for bar in axes.patches] == pytest.approx([start for *_, start, _ in events])
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([end - start for *_, start, end in events])
 
 
 @pytest.mark.parametrize(
@@ -366,13 +397,13 @@ def test_what_got_worse_was_not_learned(monkeypatch, tmp_path, quantity, after):
 def test_title_of_the_picture(monkeypatch, files, tmp_path, name, shown):
     """loss.png shows what no font has as escapes, without a warning, and dollars as dollars."""
     monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
-    titles, plot = [], report.plot
+    titles, plot = [], pictures.plot_losses
 
     def spy(*args):
         titles.append(args[-1].replace(f"{tmp_path}/", ""))
         plot(*args)
 
-    monkeypatch.setattr(report, "plot", spy)
+    monkeypatch.setattr(pictures, "plot_losses", spy)
     shutil.copy(files / "a.txt", tmp_path / name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -383,7 +414,7 @@ def test_title_of_the_picture(monkeypatch, files, tmp_path, name, shown):
 def test_scratch_is_called_scratch(monkeypatch, files, tmp_path):
     """The picture of a model trained from nothing says so, and not "full"."""
     titles = []
-    monkeypatch.setattr(report, "plot", lambda *args: titles.append(args[-1]) or Path(args[0]).touch())
+    monkeypatch.setattr(pictures, "plot_losses", lambda *args: titles.append(args[-1]) or Path(args[0]).touch())
     sizes = dict(n_positions=64, n_embd=8, n_layer=1, n_head=1)
     small = functools.partialmethod(gpt.GPT.__init__, **sizes)
     monkeypatch.setattr(gpt, "GPT", type("GPT", (gpt.GPT,), {"__init__": small}))

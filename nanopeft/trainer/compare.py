@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nanopeft.trainer import Failure, checkpoint
+from nanopeft.trainer import Failure, checkpoint, pictures
 from nanopeft.trainer.methods import METHODS
-from nanopeft.trainer.report import drawable, gigabytes, smooth
+from nanopeft.trainer.report import gigabytes
 
 
 def compare(args, given):
@@ -46,15 +46,17 @@ def compare(args, given):
             results[name] = json.loads((out / name / "result.json").read_text("utf-8"))
     results.pop(f"adapter-{other}", None)
 
+    known = results["full"]["known_loss_before"]
+    for r in results.values():  # counted from the untouched base: an untrained fusion, say, is another model already
+        r["forgotten"] = None if r["known_loss_after"] is None else r["known_loss_after"] - known
     quantity = "loss" if results["full"]["accuracy_after"] is None else "accuracy"
     checkpoint.write(out / "compare.json", json.dumps(results, indent=2).encode())
-    task = drawable(", ".join(args.data))
-    pictures = {"compare.png": plot_comparison}
-    if any(forgotten(r, results) is not None for r in results.values()):
-        pictures["forgetting.png"] = plot_forgetting
-    for name, draw in pictures.items():
-        checkpoint.write(out / name, lambda path, draw=draw: draw(path, results, quantity, task))
-    print(f"\n{table(results, quantity)}\n\n{', '.join(f'{out}/{name}' for name in ('compare.json', *pictures))}")
+    drawn, task = {"compare.png": pictures.plot_comparison}, pictures.drawable(", ".join(args.data))
+    if any(r["forgotten"] is not None for r in results.values()):
+        drawn["forgetting.png"] = pictures.plot_forgetting
+    for name, draw in drawn.items():
+        checkpoint.write(out / name, lambda path: draw(path, results, quantity, task))  # noqa: B023 (called at once)
+    print(f"\n{table(results, quantity)}\n\n{', '.join(f'{out}/{name}' for name in ('compare.json', *drawn))}")
 
 
 def as_flags(settings):
@@ -80,66 +82,8 @@ def table(results, quantity):
         stored = [f"{r['stored_parameters']:,}", f"{r['stored_bytes'] / 1e6:.2f} MB"]
         quality = [show.format(r[f"{quantity}_{when}"]) for when in ("before", "after")]
         cost = [f"{r['tokens_per_second']:,.0f}", gigabytes(r["peak_memory_bytes"])]
-        forgets = "" if forgotten(r, results) is None else f"{forgotten(r, results):.3f}"
+        forgets = "" if r["forgotten"] is None else f"{r['forgotten']:.3f}"
         rows.append([name, *counts, *stored, *quality, forgets, *cost])
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * w for w in widths])
     return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in rows)
-
-
-def forgotten(result, results):
-    """By how many nats a token the loss on what the base knew is above that of the untouched base."""
-    after = result["known_loss_after"]  # and not above its own loss before: a fusion starts with untrained layers
-    return None if after is None else after - results["full"]["known_loss_before"]
-
-
-def plot_comparison(path, results, quantity, task):
-    """Left: what each method reaches, against how much it trains. Right: its training loss."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    mark(left, {name: (r["trained_parameters"], r[f"{quantity}_after"]) for name, r in results.items()})
-    for i, (name, r) in enumerate(results.items()):
-        right.plot(range(1, len(r["losses"]) + 1), smooth(r["losses"]), color=color(i), label=name)
-    left.axhline(results["full"][f"{quantity}_before"], color="gray", linestyle="--", label="untouched base")
-    unit = "nats per token of validation data" if quantity == "loss" else "share of validation examples"
-    left.set(xscale="log", xlabel="trained parameters", ylabel=f"{quantity}, {unit}", title=f"{task}: quality and size")
-    left.margins(0.12)
-    right.set(xlabel="step", ylabel="training loss, nats per token", title=f"{task}: training")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small", ncols=1 if axes is left else 2)
-    figure.savefig(path, dpi=120, format="png")
-
-
-def plot_forgetting(path, results, quantity, task):
-    """What each method has learned, against what it has forgotten."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    before, sign = results["full"][f"{quantity}_before"], -1 if quantity == "loss" else 1
-    points = {name: (sign * (r[f"{quantity}_after"] - before), forgotten(r, results)) for name, r in results.items()}
-    mark(axes, {name: point for name, point in points.items() if None not in point})
-    unit = "nats per token less, of validation data" if quantity == "loss" else "more of the validation examples right"
-    axes.set(xlabel=f"learned: {unit}", ylabel="forgotten: nats per token more, of what it knew", title=task)
-    axes.margins(0.12)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120, format="png")
-
-
-def color(i):
-    """One of twenty: matplotlib's usual ten are too few."""
-    from matplotlib import colormaps
-
-    return colormaps["tab20"](2 * i % 20 + i // 10)  # the strong ones first, then their light forms
-
-
-def mark(axes, points):
-    """A dot for each {name: (x, y)}. The names stand at four heights in turn, since neighbours would overlap."""
-    from_the_left = sorted(points, key=points.get)
-    for i, (name, xy) in enumerate(points.items()):
-        axes.scatter(*xy, color=color(i), zorder=3)
-        beside = (0, (7, -15, 19, -27)[from_the_left.index(name) % 4])
-        axes.annotate(name, xy, textcoords="offset points", xytext=beside, ha="center", color=color(i))

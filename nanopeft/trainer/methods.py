@@ -11,7 +11,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError
 
 from nanopeft import adalora, adapter, data, dora, gpt, ia3, lora, prefix, prompt, ptuning, qlora
-from nanopeft.trainer import Error, Failure, bases, checkpoint, peft_config, tokenizer
+from nanopeft.trainer import Error, Failure, bases, checkpoint, peft_config, pictures, tokenizer
 
 
 def nothing(model, *_):
@@ -227,7 +227,7 @@ def save(model, encoding, args, folder, base_checksum):
             quantized = next(m for m in model.modules() if isinstance(m, qlora.QuantizedLinear))
             config["base_quantization"] = quantized.quant_type  # ours alone: peft passes over it
         if args.method == "adalora":
-            checkpoint.write(folder / "ranks.svg", adalora.svg(adalora.ranks(model)).encode())
+            checkpoint.write(folder / "ranks.svg", lambda path: pictures.plot_ranks(path, adalora.ranks(model)))
         checkpoint.save_adapter(folder, state, config, base_checksum)
         stored = sum(t.numel() for t in state.values())
     return {"stored_parameters": stored, "stored_bytes": sum((folder / name).stat().st_size for name in files)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a run shows: result.json, curves, memory predicted beside measured, and --method all's table and figure."""
+"""What a run reports: result.json, time and memory, measured beside what memory.py predicts."""
 
 import json
 import platform
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from nanopeft import adapter, gpt, memory, pipeline, zero
-from nanopeft.trainer import checkpoint, measure
+from nanopeft.trainer import checkpoint, measure, pictures
 from nanopeft.trainer.process import DTYPES
 
 # ---------------------------------------------------------------------------------------------------- time and memory
@@ -133,7 +133,7 @@ def finish(args, precision, progress, counts, after, step_memory, rates, chat, t
     out, before, bubble = Path(args.out), progress.before, {}
     if timeline and timeline[0]:  # at least one step was made
         bubble = {"measured": pipeline.waiting(timeline), "formula": pipeline.bubble(len(timeline), args.accumulate)}
-        checkpoint.write(out / "pipeline.svg", pipeline.svg(timeline).encode())
+        checkpoint.write(out / "pipeline.svg", lambda path: pictures.plot_timeline(path, timeline))
     result = {
         "method": args.method, "precision": args.precision, "computed_in": precision, "base": args.base,
         "data": args.data, "chat": chat, "steps": progress.step, "best_step": progress.best_step, "keep": args.keep,
@@ -151,8 +151,8 @@ def finish(args, precision, progress, counts, after, step_memory, rates, chat, t
         "losses": progress.losses, "validation": progress.curve,
     }  # fmt: skip
     checkpoint.write(out / "result.json", json.dumps(result, indent=2).encode())
-    title = f"{'scratch' if args.base == 'scratch' else args.method} on {drawable(', '.join(args.data))}"
-    checkpoint.write(out / "loss.png", lambda path: plot(path, progress, rates, title))
+    title = f"{'scratch' if args.base == 'scratch' else args.method} on {pictures.drawable(', '.join(args.data))}"
+    checkpoint.write(out / "loss.png", lambda path: pictures.plot_losses(path, progress, rates, title))
 
     for when, figures in (("before", before), ("after", after)):
         text = textwrap.indent(figures["sample"].strip(), "    | ", lambda line: True)
@@ -184,46 +184,3 @@ def finish(args, precision, progress, counts, after, step_memory, rates, chat, t
 
 def gigabytes(size):
     return f"{size / 1e9:.2f} GB" if size else "not measured"
-
-
-def smooth(losses):
-    """Each step's mean over the steps just before it."""
-    window = max(1, len(losses) // 30)
-    recent = [losses[max(0, i - window) : i + 1] for i in range(len(losses))]
-    return [sum(r) / len(r) for r in recent]
-
-
-def drawable(name):
-    """A name as matplotlib can show it on one line, by a font that is there, or escaped. $ would begin a formula."""
-    from matplotlib import rcParams
-    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
-
-    name = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
-    known, usual = get_font(findfont(FontProperties())).get_charmap(), rcParams["font.family"][:1]
-    if missing := {ord(c) for c in name} - {*known}:
-        for font in fontManager.ttflist:
-            if missing <= {*get_font(font.fname).get_charmap()}:
-                rcParams["font.family"], missing = [*usual, font.name], set()
-                break
-    return "".join(ascii(c)[1:-1] if ord(c) in missing else c for c in name).replace("$", r"\$")
-
-
-def plot(path, progress, rates, title):
-    """The loss of each step and of each evaluation, and the learning rate."""
-    from matplotlib.figure import Figure  # takes a second
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    steps = range(1, progress.step + 1)
-    axes.plot(steps, progress.losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.plot(steps, smooth(progress.losses), color="tab:blue", label="training")
-    label = f"validation: {progress.curve[0][1]:.2f} → {min(loss for _, loss in progress.curve):.2f}"
-    axes.plot(*zip(*progress.curve), "o-", color="tab:orange", markersize=3, label=label)
-    axes.axvline(progress.best_step, color="tab:orange", linestyle=":", label=f"best: step {progress.best_step}")
-    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
-    axes.grid(alpha=0.3)
-    right = axes.twinx()
-    right.plot(steps, rates, color="gray", linewidth=0.8, linestyle="--", label="learning rate")
-    right.set(ylabel="learning rate", ylim=(0, None))
-    axes.legend(*(a + b for a, b in zip(axes.get_legend_handles_labels(), right.get_legend_handles_labels())))
-    figure.savefig(path, dpi=120, format="png")
