@@ -110,13 +110,13 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(n_embd, n_embd)
 
     def forward(self, x, mask, cache):
-        B, T, d = x.shape
-        q, k, v = self.c_attn(x).split(d, dim=-1)  # (B, T, d) each
+        B, T, _ = x.shape
+        q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, d) each
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))  # (B, H, T, h) each
         if cache is not None:
             k, v = cache.update(k, v, self.layer)  # (B, H, S, h)
         y = attention(q, k, v, mask)  # (B, H, T, h)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, d))
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):

@@ -142,16 +142,6 @@ class VocabParallelEmbedding(nn.Embedding):
         return g(x.masked_fill(~own[..., None], 0), self.group)  # (B, T, d)
 
 
-def parallel_attention(attn, x, mask=None, cache=None):
-    """gpt.Attention's forward on H/t heads. There q, k and v are as wide as x, here d/t."""
-    B, T, _ = x.shape
-    q, k, v = attn.c_attn(x).view(B, T, 3, attn.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H/t, T, h) each
-    if cache is not None:
-        k, v = cache.update(k, v, attn.layer)  # (B, H/t, S, h)
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)  # (B, H/t, T, h)
-    return attn.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, d/t) -> (B, T, d)
-
-
 class VocabParallelHead(nn.Linear):
     """z_i = f(x) W_iᵀ, W_i (V/t, d). Returns the loss if the model has labels; if not, all logits, to generate."""
 
@@ -245,8 +235,6 @@ def shard(model, group=None):
         if child == "c_attn":
             for name in {"n_head", "num_heads", "split_size"} & vars(parent).keys():  # of our GPT, or transformers'
                 setattr(parent, name, getattr(parent, name) // t)
-            if hasattr(parent, "n_head"):
-                parent.forward = functools.partial(parallel_attention, parent)
     model.register_forward_pre_hook(model.lm_head.take_labels, with_kwargs=True)
     model.register_forward_hook(model.lm_head.give_loss)
     model.tensor_group = group

@@ -117,7 +117,6 @@ def torch_tensor(model, mesh):
     model.tie_weights()
     for block in model.transformer.h:
         block.attn.n_head //= mesh.size()
-        block.attn.forward = functools.partial(tensor_parallel.parallel_attention, block.attn)
 
     def backward(ids):
         with loss_parallel():
