@@ -192,6 +192,8 @@ class PiSSALinear(LoRALinear):
         super().__init__(*args)
         W, r, dtype = self.base_layer.weight.detach(), len(self.lora_A), self.lora_A.dtype
         W = W if isinstance(self.base_layer, nn.Linear) else W.t()
+        if is_packed(W):
+            raise Error(f"init='pissa' takes singular values, and {self.lora_name} has quantized weights")
         if not 0 < self.scaling or r > min(W.shape):
             raise Error(f"init='pissa' needs alpha > 0, and a rank of at most {min(W.shape)} in {self.lora_name}")
         U, S, Vt = torch.linalg.svd(W.to(dtype), full_matrices=False)
@@ -238,6 +240,8 @@ def add_lora(
         if not fitting:
             raise Error(f"ranks: {end!r} matches no target; there are {names(found)}")
         rank |= dict.fromkeys(fitting, n)
+    if init == "pissa" and (tables := [name for name, layer in found.items() if isinstance(layer, nn.Embedding)]):
+        raise Error(f"init='pissa' is for linear layers, and {tables[0]} is an embedding: leave it out")
     wrapped = {}
     for name, layer in found.items():
         wrapper = LoRAEmbedding if isinstance(layer, nn.Embedding) else PiSSALinear if init == "pissa" else LoRALinear

@@ -45,9 +45,9 @@ Cost:    2 n L w numbers stored. GPT-2 (L = 12, w = 768) at n = 20: 368,640, or 
          MLP of m = 512: 9,864,704, 27 times as many. Backward still runs through every layer of the frozen model.
          Inference: in each layer the KV cache is n positions longer (here 0.74 MB per row in 16 bits), each query has
          n more keys, and the context is n shorter. No merging: λ depends on the query, a change of weights does not.
-Limit:   for given q and K, a head's weights on the input all shrink by 1 - λ: which input tokens it prefers to which
-         stays as it was (arXiv 2310.19698). LoRA on queries or keys changes that. From layer 2 on, q and K come from
-         outputs that the prefix has changed, so a prefix changes it there too, indirectly.
+Limit:   for given q and K, a head's weights on the input are all multiplied by 1 - λ: which input tokens it prefers to
+         which stays as it was (arXiv 2310.19698). LoRA on queries or keys changes that. From the second layer on q and
+         K come from outputs that the prefix has changed, so a prefix changes it there too, indirectly.
 Typical: n = 10 (table to text) to 200 (summaries), m = 512 to 800. Learning rate 5e-5 through the MLP (the paper and
          its code), where one weight moves all of P. Without it, Adam moves each number of P by about the rate a step,
          so fewer steps need a higher rate: 5e-3 over many epochs (P-tuning v2), 0.1 for the 300 steps above.
@@ -258,10 +258,13 @@ def prefix_config(model):
 
 
 def find_tuned(model):
-    """The PrefixTuning inside whatever wraps it, such as torch.compile or DDP. Error if the parameters are not here."""
+    """The PrefixTuning inside torch.compile, DDP or what else wraps it. Error if there is none, or if it is sharded."""
     if any(p.requires_grad and p.shape == (0,) for p in model.parameters()):
         raise Error("the parameters are sharded, and here have no elements: do this inside `with engine.whole():`")
-    return next(m for m in model.modules() if isinstance(m, PrefixTuning))
+    found = [m for m in model.modules() if isinstance(m, PrefixTuning)]
+    if not found:
+        raise Error("the model has no prefix: PrefixTuning(model) first")
+    return found[0]
 
 
 def check_call(tuned, end, position_ids=None):  # end: one after the last position

@@ -200,10 +200,13 @@ def prompt_config(model):
 
 
 def find_tuned(model):
-    """The PromptTuning inside whatever wraps it, such as torch.compile or DDP. Error if the parameters are not here."""
+    """The PromptTuning inside torch.compile, DDP or what else wraps it. Error if there is none, or if it is sharded."""
     if any(p.requires_grad and p.shape == (0,) for p in model.parameters()):
         raise Error("the parameters are sharded, and here have no elements: do this inside `with engine.whole():`")
-    return next(m for m in model.modules() if isinstance(m, PromptTuning))
+    found = [m for m in model.modules() if isinstance(m, PromptTuning)]
+    if not found:
+        raise Error("the model has no virtual tokens: PromptTuning(model) first")
+    return found[0]
 
 
 def check_model(model, n_tokens, least=1):

@@ -384,7 +384,7 @@ def test_repeated_names_in_shards(shards, tmp_path):
         {"model": {"type": "Unigram"}}, {"model": {"type": "BPE"}}, {"model": None}, {"pre_tokenizer": None},
         {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, {"normalizer": {"type": "NFC"}},
         {"added_tokens": None}, {"added_tokens": [{"id": 9, "content": "!"}]}, {"added_tokens": [{"content": "x"}]},
-        {"added_tokens": [{"id": 3072, "content": "<pad>"}]}, {"model": {"type": "BPE", "vocab": [], "merges": []}},
+        {"added_tokens": [{"id": 9999, "content": "<pad>"}]}, {"model": {"type": "BPE", "vocab": [], "merges": []}},
         {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [7]}},
     ],
 )  # fmt: skip
@@ -649,3 +649,12 @@ KNOWN = {
 def test_every_field_of_pefts_config_is_known(kind):
     """Each field of this peft's config is used, refused, or known not to change what the adapter computes."""
     assert {field.name for field in dataclasses.fields(kind)} - COMMON == KNOWN[kind] - COMMON
+
+
+def test_an_evaluation_that_is_nan_is_not_the_best():
+    """A loss of NaN on the way is no better than another, and neither is any later one worse than it."""
+    progress = checkpoint.Progress({})
+    better = []
+    for progress.step, loss in enumerate((3.0, 2.0, math.nan, 1.0, 1.5)):
+        better.append(progress.note(loss))
+    assert better == [False, True, False, True, False] and progress.best_step == 3

@@ -317,6 +317,13 @@ def test_models_that_are_no_base(tmp_path, folder):
     refuse(bases.load_shapes, tmp_path, match="AutoConfig of transformers does not open")
 
 
+def test_an_adapter_beside_a_model(tmp_path):
+    """A folder with both is refused: transformers would open the base that the adapter names."""
+    new_model("llama").save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    refuse(bases.load_base, tmp_path, match="an adapter_config.json beside its model")
+
+
 def test_missing_tensors(tmp_path):
     """A file that lacks tensors is refused, where transformers would draw them at random."""
     model = new_model("llama")
@@ -583,6 +590,20 @@ def test_nothing_of_an_earlier_base_is_left(folder, encodings, tmp_path):
     assert transformers.AutoTokenizer.from_pretrained(tmp_path)("The cat").input_ids == words.encode_ordinary("The cat")
     names = bases.save_base(llama, encoding, tmp_path)
     assert sorted(os.listdir(tmp_path)) == sorted([*names, "result.json"])
+
+
+def test_several_chat_templates(folder, encodings, tmp_path):
+    """transformers writes them into a folder of their own, and a base can be saved over one that has it."""
+    llama, (encoding, _) = bases.load_base(folder("llama")), encodings("bytes")
+    inner = encoding.inner
+    encoding.inner = copy.deepcopy(inner)
+    encoding.inner.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    try:
+        for _ in range(2):
+            assert "additional_chat_templates" in bases.save_base(llama, encoding, tmp_path)
+    finally:
+        encoding.inner = inner
+    assert (tmp_path / "config.json").exists() and [*(tmp_path / "additional_chat_templates").iterdir()]
 
 
 @pytest.mark.parametrize("step", range(8))

@@ -195,6 +195,17 @@ def test_training_starts_from_the_base(kind, init, dtype):
     assert zero.grad.abs().max() > 0.01
 
 
+def test_pissa_is_for_linear_layers_that_are_not_quantized():
+    """An embedding, whose start it does not change, and weights in 8 bits are refused, and nothing has changed."""
+    model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8))
+    with pytest.raises(lora.Error, match="0 is an embedding"):
+        lora.add_lora(model, ["0", "1"], r=2, init="pissa")
+    model[1].weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(lora.Error, match="1 has quantized weights"):
+        lora.add_lora(model, ["1"], r=2, init="pissa")
+    assert not lora.lora_layers(model) and model[0].weight.requires_grad
+
+
 def test_pissa_starts_from_the_largest_part_of_w():
     """s B A is the r largest singular values of W, shared evenly by A and B: numbers of a 4 x 6 matrix, whatever α.
 

@@ -434,3 +434,10 @@ def test_the_demonstration_says_what_the_docstring_claims(tmp_path, monkeypatch,
     assert float(lines[0].split()[-1]) < 1e-5  # fp32, sums of at most 32 terms
     first, last = (float(x) for x in lines[1].split(";")[0].split("loss ")[1].split(" to "))
     assert last < 0.6 * first and lines[1].endswith("True")
+
+
+def test_a_model_without_virtual_tokens():
+    """To save from it, or to load into it, is one clear line."""
+    for call in (prompt.prompt_state_dict, lambda model: prompt.load_prompt_state_dict(model, {})):
+        with pytest.raises(prompt.Error, match="no virtual tokens: "):
+            call(gpt.GPT(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=1))

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import tiktoken
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -70,6 +71,19 @@ def test_merges_apply_in_the_order_of_training():
     assert encoding.decode_tokens_bytes(encoding.encode_ordinary("these these")) == [
         b"the", b"s", b"e", b" ", b"the", b"s", b"e",
     ]  # fmt: skip
+
+
+def test_tokens_that_were_added(tmp_path):
+    """A GPT-2 to which somebody added special tokens, saved by transformers 5, reads text as before."""
+    tokenizer.save_tokenizer(ENCODING, tmp_path)
+    theirs = transformers.GPT2Tokenizer.from_pretrained(tmp_path)
+    theirs.add_special_tokens({"pad_token": "[PAD]"})
+    theirs.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new" / "vocab.json").exists()
+    found = tokenizer.load_tokenizer(tmp_path / "new")
+    assert found.n_vocab == ENCODING.n_vocab + 1 == len(theirs) and found.eot_token == ENCODING.eot_token
+    assert found.encode_ordinary("def f(x): [PAD]") == ENCODING.encode_ordinary("def f(x): [PAD]")
+    assert found.decode([theirs.pad_token_id]) == "[PAD]"
 
 
 @pytest.mark.parametrize("broken", ["no vocab", "no merges", "not JSON", "no end of text", "wrong order", "a list"])

@@ -35,6 +35,8 @@ def parse(description):
     check_method(args, given)
     check_ranks(args)
     check_device(args)
+    if args.out == "":  # an unset variable of the shell's
+        raise Error("--out is empty: give a folder")
     args.out = args.out or f"out/{args.method}"
     defaults = METHODS[args.method].defaults | {"lr": None} if args.method != "all" else {}  # lr depends on the base
     vars(args).update(defaults | {name: x for name, x in vars(args).items() if x is not None})
@@ -53,7 +55,7 @@ def go_on_from(args, given):
             raise Error(f"--{name} {getattr(args, name)}: the run of {args.start} had {value}; leave it out")
         setattr(args, name, value)
     if own := given & (METHODS[args.method].defaults.keys() - {"lr"}):
-        raise Error(f"--from brings the adapter's own settings: leave out {', '.join(sorted(own))}")
+        raise Error(f"--from brings the adapter's own settings: leave out {flags_of(own)}")
 
 
 def settings(args):
@@ -68,6 +70,11 @@ MODES = {  # what train.py does instead of training, and the flags for it
     "generate": ("prompt", "prompts", "raw", "temperature", "top_k", "max_new_tokens", "samples", "seed"),
     "merge": ("out",),
 }
+
+
+def flags_of(names):
+    """Flags as they are typed."""
+    return ", ".join(sorted("--from" if name == "start" else f"--{name.replace('_', '-')}" for name in names))
 
 
 def ranks(text):
@@ -175,17 +182,17 @@ def check_method(args, given):
     for mode, flags in MODES.items():
         idle = given - {mode, "precision", "device", "force", "debug", *flags}
         if getattr(args, mode) is not None and idle:
-            raise Error(f"--{mode} does not train: leave out {', '.join(sorted(idle))}")
+            raise Error(f"--{mode} does not train: leave out {flags_of(idle)}")
     if args.generate is None and (idle := given & set(MODES["generate"]) - {"prompt", "seed"}):
-        raise Error(f"--{min(idle).replace('_', '-')} belongs to --generate")
+        raise Error(f"{flags_of([min(idle)])} belongs to --generate")
     if args.merge is not None and args.out is None:
         raise Error("--merge needs --out: the folder that the merged model is written to")
     for name in sorted(given):
         owners = [method for method in METHODS if name in METHODS[method].defaults]
         if owners and args.method == "all":
-            raise Error(f"--{name} differs from method to method: leave it out with --method all")
+            raise Error(f"{flags_of([name])} differs from method to method: leave it out with --method all")
         if owners and args.method not in owners:
-            raise Error(f"--{name} belongs to --method {', '.join(owners)}")
+            raise Error(f"{flags_of([name])} belongs to --method {', '.join(owners)}")
     reads_adapter = (args.generate, args.merge, args.start) != (None, None, None)
     if args.force and not reads_adapter and not args.resume and args.method != "fusion":
         raise Error("--force is for --resume, --from, --generate, --merge and --method fusion: leave it out")

@@ -90,6 +90,7 @@ def save_base(model, encoding, folder):
         (folder / "config.json").unlink(missing_ok=True)
         for path in find_files(folder, ("generation_config.json", *WEIGHTS, *TOKENIZER)):
             path.unlink()
+        shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)  # os.replace puts no folder over one
         names = sorted(os.listdir(new), key=lambda name: (name == "config.json", name))
         for name in names:
             os.replace(new / name, folder / name)

@@ -126,7 +126,7 @@ class Progress:
 
     def note(self, loss):
         """Adds an evaluation to the curve. Whether its loss is the lowest of those after step 0."""
-        lowest = min((past for step, past in self.curve if step), default=math.inf)
+        lowest = min((past for step, past in self.curve if step and not math.isnan(past)), default=math.inf)
         self.curve.append([self.step, loss])
         if better := self.step > 0 and loss < lowest:
             self.best_step = self.step

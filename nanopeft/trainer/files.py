@@ -90,7 +90,8 @@ def read_files(names):
                 raise Error(f"{name} has no .txt file in it, which a folder is read for: name .jsonl files one by one")
             found += [read(path) for path in paths]
         else:
-            raise Error(f"no data {name!r}: give {', '.join(TASKS)}, or .txt or .jsonl files, or a folder of .txt")
+            own = ", ".join(TASKS)
+            raise Error(f"no data {name!r}: give .txt or .jsonl files, or a folder of .txt; or one of {own} alone")
     n_texts = sum(isinstance(one, str) for one in found)
     if n_texts not in (0, len(found)):
         raise Error(f"{' '.join(names)}: texts and examples cannot be mixed; leave the ones or the others out")

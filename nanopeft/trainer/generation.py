@@ -79,7 +79,12 @@ def answer(model, encoding, args, device):
 def read_prompts(args):
     if args.prompts is not None:
         return [line for line in files.read(args.prompts).splitlines() if line.strip()]
-    return [sys.stdin.read().rstrip("\n") if args.prompt == "-" else args.prompt or ""]
+    if args.prompt != "-":
+        return [args.prompt or ""]
+    try:
+        return [sys.stdin.read().rstrip("\n")]
+    except UnicodeDecodeError as error:
+        raise Error(f"--prompt -: what comes in is no text: {error}") from None
 
 
 def user_turn(prompt, encoding):

@@ -86,6 +86,8 @@ def read_config(folder):
 
 def load(folder, dtype):
     """The model in evaluation mode."""
+    if os.path.exists(folder / "adapter_config.json"):  # transformers would open that, and the base it names
+        raise Error(f"{folder} has an adapter_config.json beside its model: move one of them elsewhere")
     shapes = load_shapes(folder)
     wanted = sum(t.numel() for t in {*shapes.parameters(), *shapes.buffers()})
     there = 0

@@ -84,7 +84,7 @@ def source_files(folder, is_wanted=lambda path: True):
         name = path.relative_to(folder).as_posix()
         if path.name.startswith("_sysconfig") or not is_wanted(name):
             continue  # the first has paths of this machine
-        with suppress(SyntaxError, UnicodeDecodeError), tokenize.open(path) as file:  # as its own coding line says
+        with suppress(SyntaxError, UnicodeDecodeError, OSError), tokenize.open(path) as file:  # by its coding line
             files[name] = file.read()
     return files
 

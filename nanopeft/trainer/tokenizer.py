@@ -99,11 +99,11 @@ def load_tokenizer(folder):
     try:
         stored = json.loads((folder / names[0]).read_text("utf-8"))
         if alone:
-            vocab, merges = from_tokenizer_json(stored)
+            vocab, merges, added = from_tokenizer_json(stored)
         else:
-            vocab, lines = stored, (folder / "merges.txt").read_text("utf-8").splitlines()
+            vocab, added, lines = stored, [], (folder / "merges.txt").read_text("utf-8").splitlines()
             merges = [line.replace(" ", "") for line in lines if line and not line.startswith("#version")]
-        special = {ENDOFTEXT: vocab.pop(ENDOFTEXT)}
+        special = {token: vocab.pop(token) for token in {ENDOFTEXT, *added}}
         ranks = {bytes(byte_of()[c] for c in token): id for token, id in vocab.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise Error(f"{folder} has no GPT-2 tokenizer in {', '.join(names)} (with {ENDOFTEXT}): {error!r}") from None
@@ -118,13 +118,14 @@ def load_tokenizer(folder):
 
 
 def from_tokenizer_json(stored):
-    """({token: id}, [merged token]) of what transformers writes since version 5. ValueError if it is no GPT-2's."""
+    """({token: id}, [merged token], [special token]) of what transformers writes since version 5. ValueError if it is
+    no GPT-2's."""
     model, words = stored["model"], stored["pre_tokenizer"]
     kind = [model["type"], words["type"], words["add_prefix_space"], words.get("use_regex", True), stored["normalizer"]]
     if kind != ["BPE", "ByteLevel", False, True, None]:
         raise ValueError(f"{kind} is not byte-level BPE")
-    vocab = model["vocab"] | {token["content"]: token["id"] for token in stored["added_tokens"]}
-    return vocab, ["".join(merge).replace(" ", "") for merge in model["merges"]]
+    added = {token["content"]: token["id"] for token in stored["added_tokens"]}  # a [PAD], say
+    return model["vocab"] | added, ["".join(merge).replace(" ", "") for merge in model["merges"]], [*added]
 
 
 def save_tokenizer(encoding, folder):
