@@ -32,13 +32,13 @@ so a weight with large gradients hardly decays, and one without any moves by a f
 weights shrink at the rate lr λ. With g = 0, θ = 1, lr = λ = 0.1 one step gives 0.9 in Adam with L2, 0.99 in AdamW.
 
 Why warm-up? At the first steps v̂ averages few gradients, so all weights move by almost lr, mostly along noise (arXiv
-1908.03265); and the loss is steepest there. So lr rises from 0 over some hundred to 2,000 steps, found by experience.
+1908.03265). So lr rises from 0 over some hundred to 2,000 steps, found by experience.
 
 Gradient clipping: if the norm ‖g‖ over all weights exceeds a limit, usually 1, g is multiplied by limit / ‖g‖, so that
 one bad batch spoils neither m nor, for 1,000 steps, v. Loss scaling: fp16 gradients below 3e-8 would be 0, so the loss
-is multiplied by 2^16 or so; a step with inf or NaN is left out and the factor halved. bf16 has the range of fp32 and
-needs none (quant.py). Both are factors of g, multiplied in fp32: step(grad_scale=min(1, limit / ‖g‖) / loss_scale),
-where ‖g‖ is the norm without the loss scale.
+is multiplied by 2^16 or so. Whoever scales it leaves out a step with inf or NaN and halves the factor. bf16 has the
+range of fp32 and needs none (quant.py). Both are factors of g, multiplied in fp32, with the norm ‖g‖ without the scale:
+    step(grad_scale=min(1, limit / ‖g‖) / loss_scale)
 
 Bytes per weight: 16 in fp32 (θ, g, m, v = 4 + 4 + 4 + 4) and in mixed precision (θ, g in 16 bits, and in fp32 a master
 copy, m, v = 2 + 2 + 4 + 4 + 4). Mixed precision saves time and activations, not model state.

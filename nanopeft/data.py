@@ -39,7 +39,8 @@ they are often longer than completions, so that their loss would outweigh that o
 Why end-of-text? The first token is predicted from it. Between documents it says that what follows does not go on from
 what came before. After a completion it is scored, so that the model learns to stop.
 Epochs: row i of a run is number i % n of epoch i // n, a permutation of the n rows by seed and epoch. No row comes a
-second time before all have come once, and a run that goes on, or is shared by processes, draws the same rows.
+second time before all have come once. A run that goes on continues the order, and several processes divide it. In
+plain text a row is a window from a random place.
 
 Padding is on the right in training: no token sees the padding behind it (causal mask), and its labels are -100, so no
 attention mask is needed. For generation it is on the left, because new tokens come after a row's last one.
@@ -48,10 +49,10 @@ product of each shape. Of the validation batches of `modules` (32 rows), 50 % is
 7 % with rows of like length together: half the work. Random order is what training needs. Packed into rows of 256
 tokens, 1 % is padding, and the order stays free.
 
-Typical length: 128 to 1,024, at most the model's positions. Pitfalls: mask labels by position and not by token, or the
-<eot> to stop at is masked with the padding. Prompt and completion are tokenized apart, as in generation, and a space
-between them belongs to the completion (" 4"). Virtual tokens in front of a row (prefix and prompt tuning) are seen by
-its first example alone or by all as one past: such methods need padded rows.
+Typical length: 128 to 1,024, at most the model's positions. Pitfalls: mask labels by position. To mask all tokens equal
+to the padding would mask the <eot> to stop at as well. Prompt and completion are tokenized apart, as in generation, and
+a space between them belongs to the completion (" 4"). Virtual tokens in front of a row (prefix and prompt tuning) are
+seen by its first example alone or by all as one past: such methods need padded rows.
 """
 
 import copy

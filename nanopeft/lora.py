@@ -10,8 +10,8 @@
 An embedding table E (V, d) has A (r, V) and B (d, r):  y = E[i] + s · Aᵀ[i] Bᵀ  for the token with number i.
 
 Why low rank: large models can be fine-tuned in a random subspace of few dimensions, their "intrinsic dimension" (arXiv
-2012.13255). LoRA's hypothesis is that the ΔW of each matrix has a low rank too. In the paper r = 1 to 8 is enough for q
-and v of GPT-3; it is not a theorem. A product B A per matrix is cheap, and can be merged.
+2012.13255). LoRA's hypothesis is that the ΔW of each matrix has a low rank too. It is no theorem: in the paper r = 1 to
+8 is enough for q and v of GPT-3, and other tasks may need more. A product B A is cheap, and can be merged.
 
 Why one factor starts at zero, and only one: ΔW must be 0 for training to start from the pretrained model. Here A is
 random and B = 0. The gradients are  dB = s · dyᵀ (x Aᵀ)  and  dA = s · Bᵀ dyᵀ x,  so the first step moves B alone. With
@@ -23,9 +23,10 @@ What α is for: s scales the update, so it acts like a learning rate. The first 
     Adam, ΔB = -lr · sign(dB):   the loss falls by lr · |dB|₁ ∝ s r            same         √r
                                  |ΔW| = s |ΔB A| ∝ s √r                        1/√r         same for each r
     SGD, ΔB = -lr · dB:          the loss falls by lr · |dB|² ∝ s² r           1/r          same
-|dB|₁ sums out · r numbers ∝ s, and an entry of ΔB A sums r terms of random sign. This assumes that A's entries do not
-depend on r, as with init="kaiming", but not "gaussian" (deviation 1/r). Why rsLoRA: its paper finds that with α / r the
-learning of large ranks collapses, while α / √r keeps it stable. Take α / r for r up to 64, α / √r far beyond.
+|dB|₁ sums out · r numbers ∝ s. An entry of ΔB A sums r terms of random sign, so it grows as √r. This assumes that A's
+entries do not depend on r, as with init="kaiming", but not "gaussian" (deviation 1/r). Why rsLoRA: its paper finds that
+with α / r the learning of large ranks collapses, while α / √r keeps it stable. Take α / r for r up to 64, α / √r far
+beyond.
 
 What it saves: gradients and Adam's two moments exist for r (in + out) numbers instead of in · out. Of a layer's three
 large products (y, dx, dW) the last is left out: about 2/3 of the FLOPs remain. Less time is saved: A's and B's products

@@ -14,7 +14,7 @@ in memory. Unmerged, all rows share W, and switching to another adapter changes 
 What it costs: r (1/in + 1/out) of W's FLOPs, and each row reads its own A and B. In generation (T = 1) the time goes
 into reading weights. Example: W is 4096 x 4096 in 16 bits, 33.6 MB. An adapter with r = 8 is 1/256 of it, 131 kB. 32
 rows with 32 adapters read 33.6 + 32 · 0.131 = 37.7 MB, with 32 merged weights 1,074 MB. Here A[rows] copies factors,
-padded with zeros to the largest rank. Punica's and S-LoRA's CUDA kernels read them where they lie.
+padded with zeros to the largest rank. Punica's and S-LoRA's kernels read them where they lie.
 Adding: [λ₁s₁B₁ λ₂s₂B₂] [A₁; A₂] is the sum exactly, one adapter of rank r₁ + r₂. λ < 0 is meant to unlearn. Do not
 average A's and B's apart: ½ (B₁ + B₂) · ½ (A₁ + A₂) has cross terms, B₁A₂ and B₂A₁, that nobody trained. In peft's
 add_weighted_adapter "cat" is the sum; "linear" adds √(λs) A and √(λs) B apart, with the cross terms.

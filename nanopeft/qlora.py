@@ -11,8 +11,8 @@ The linear layers that LoRA is put on are quantized, by default all but the head
 keep their 16 bits. The paper's three parts: NF4, double quantization (the scales in 8 bits too) and paged optimizers.
 
 Does it compute in 4 bits? No: 4 bits are the storage type. For each product Ŵ is dequantized into the compute type, the
-type of x, and freed afterwards. NF4 is a table of 16 values that no processor can multiply. The compute type is bf16:
-fp32 would be slower and double the activations, and fp16 has a smaller range and can overflow.
+type of x, and freed afterwards. NF4 is a table of 16 values that no processor can multiply. Use bf16: fp32 would be
+slower and double the activations, and fp16 has a smaller range and can overflow.
 
 Does it just train in a higher precision than it stores? No. What rounding to 4 bits took away is gone: training sees Ŵ,
 not W. A and B are trained on top of Ŵ and can make up for part of the error.
@@ -32,9 +32,10 @@ Typical values (the paper and its code): NF4 with double quantization, bf16, all
 
 Pitfalls:
   * Do not merge into 4 bits. A usual update is far smaller than the gap between two codes. On Ŵ of standard deviation
-    0.02, a rank-16 update of RMS 1e-3, merged and quantized again, is off by an RMS of 1.03 times its own: worse than
-    dropping it (1.0). Its projection on what was meant is 28 %, the cosine 0.35. Serve Ŵ and the adapter unmerged, or
-    let merge_qlora give a 16- or 32-bit model. If LoRA fits your memory in 16 bits, take LoRA: it is faster.
+    0.02, merge a rank-16 update of RMS 1e-3 and quantize again: the error has 1.03 times the update's RMS, so dropping
+    the update would be better (1.0). What is left of it is 28 %, with a cosine of 0.35 to what was meant. Serve Ŵ and
+    the adapter unmerged, or let merge_qlora give a 16- or 32-bit model. If LoRA fits your memory in 16 bits, take LoRA:
+    it is faster.
   * A and B fit Ŵ. Merged into the original W, which they never saw, they are a little off.
   * Cast and move the model before add_qlora: model.to(torch.bfloat16) afterwards would cast A, B and the scales.
 

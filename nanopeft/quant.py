@@ -24,10 +24,10 @@ One block of NF4 by hand, of 4 weights instead of 64, x = (0.3, -2, 0, 1):
 
 Where NF4's values come from. Trained weights are roughly normal, so "normal float" takes quantiles of N(0, 1): levels
 at equal steps of probability, dense near 0, divided by the largest so that they span [-1, 1]. 0 must be a level, as in
-int8, so that padding, masks, pruned weights and zero updates stay exactly 0. That leaves 7 negative and 8 positive
-levels. The last quantile, Φ⁻¹(1), would be infinite, so the outermost level is moved inside, to Φ⁻¹(0.9677083). By how
-much is a convention of the authors: 0.9677083 is 1 minus the mean of 1/32 and 1/30. Everything else follows. NF4 is a
-table: it has no exponent and no mantissa.
+int8, so that padding and pruned weights stay exactly 0. That leaves 7 negative and 8 positive levels. The last
+quantile, Φ⁻¹(1), would be infinite, so the outermost level is moved inside, to Φ⁻¹(0.9677083). By how much is a
+convention of the authors: 0.9677083 is 1 minus the mean of 1/32 and 1/30. Everything else follows. NF4 is a table: it
+has no exponent and no mantissa.
 
 How large is the error? RMS in % of the standard deviation, for normal weights in blocks of 64:
     NF4: 9.2    even 4-bit levels, -7 to 7: 10.8    16 even levels and zero-point: 9.1    int8: 0.6 (rows of 768: 0.8)

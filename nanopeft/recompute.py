@@ -26,9 +26,9 @@ blocks a segment would take 24c + 32c = 56c, and one block a segment takes 48c +
 Time. Let forward take 1. In full training backward takes 2 (dx and dW); with forward a second time 3 become 4, + 1/3.
 Over frozen weights backward takes 1 (dx alone); 2 become 3, + 1/2. The usual "one third" is only the first case. The
 second forward may stop when it has the last tensor that backward needs. That is the input of the block's last linear
-layer, so this layer, 4 of the 12 d² weights, is not repeated: + 2/9 in full training, + 1/3 over frozen weights. It is
-repeated if backward needs more than that input: the mask of a dropout after it, or the A x of a LoRA on it. So LoRA on
-all linear layers costs + 1/2 again.
+layer, or over frozen weights that of its GELU. So this layer, 4 of the 12 d² weights, is not repeated: + 2/9 in full
+training, + 1/3 over frozen weights. It is repeated if backward needs more than that input: the mask of a dropout after
+it, or the A x of a LoRA on it. So LoRA on all linear layers costs + 1/2 again.
 
     12 blocks, d = 256, fp32, 4 x 256 tokens     full             LoRA, all linear     LoRA, c_attn
                                                  FLOPs    peak    FLOPs    peak        FLOPs    peak     (over weights)
@@ -45,12 +45,12 @@ Whatever else forward changes, a counter or the running mean of BatchNorm, is ch
 
 The trap with a frozen base. torch's checkpoint with use_reentrant=True makes each block one node in autograd's graph,
 with the block's input as its only input. In LoRA the embeddings are frozen, so the first block's input requires no
-gradient, its output requires none, and its adapters do not learn. torch only warns. The usual cure is
-model.enable_input_require_grads(): then the embeddings' output requires a gradient. Here there is no trap. `Recompute`
-takes the trained parameters as inputs too. `run` leaves the graph as it is; so does use_reentrant=False, which torch
-recommends and whose mechanism this is.
+gradient, its output requires none, and its adapters do not learn. If something outside of the blocks is trained, torch
+only warns. The usual cure is model.enable_input_require_grads(): then the embeddings' output requires a gradient. Here
+there is no trap. `Recompute` takes the trained parameters as inputs too. `run` leaves the graph as it is; so does
+use_reentrant=False, which torch recommends and whose mechanism this is.
 
-With other techniques. Where LoRA or adapters are on all layers, nearly all activations are kept (202 of 204 MiB above).
+With other techniques. LoRA or adapters on all layers alone save hardly any activations (202 of 204 MiB are left above).
 Prefix-tuning hands its prefix over in a cache, see above; transformers' own gradient checkpointing drops it. ZeRO stage
 3 gathers a block's weights once in backward, before the second forward, and keeps them for the gradients. The loss in
 chunks of gpt.py is the same idea for logits. Offloading activations to the CPU is the alternative where the link is
