@@ -263,7 +263,7 @@ def find_tuned(model):
         raise Error("the parameters are sharded, and here have no elements: do this inside `with engine.whole():`")
     found = [m for m in model.modules() if isinstance(m, PrefixTuning)]
     if not found:
-        raise Error("the model has no prefix: PrefixTuning(model) first")
+        raise Error("the model has no virtual tokens: wrap it first")
     return found[0]
 
 

@@ -205,7 +205,7 @@ def find_tuned(model):
         raise Error("the parameters are sharded, and here have no elements: do this inside `with engine.whole():`")
     found = [m for m in model.modules() if isinstance(m, PromptTuning)]
     if not found:
-        raise Error("the model has no virtual tokens: PromptTuning(model) first")
+        raise Error("the model has no virtual tokens: wrap it first")
     return found[0]
 
 

@@ -668,5 +668,5 @@ def test_the_file_alone_runs_its_demonstration(tmp_path, monkeypatch, capsys):
 def test_a_model_without_a_prefix():
     """To save from it, to fold it, or to load into it, is one clear line."""
     for call in (prefix.prefix_state_dict, prefix.fold_prefix, lambda model: prefix.load_prefix_state_dict(model, {})):
-        with pytest.raises(prefix.Error, match="no prefix: "):
+        with pytest.raises(prefix.Error, match="no virtual tokens: "):
             call(gpt.GPT(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=1))
