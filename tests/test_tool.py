@@ -239,6 +239,7 @@ REFUSED = [
     ("--from {files}/one --rank 3", "belongs to --method lora"),
     ("--from {files}/one --reduction 3", "brings the adapter's own settings: leave out --reduction"),
     ("--from {files}/one --method full", "had adapter"),
+    ("--from {files}/one --method lora", "had adapter"),
     ("--from {files}/one --out {files}/one", "give another --out"),
     ("--steps 3 --epochs 1", "give one of them"),
     ("--steps 3 --out=", "--out is empty"),

@@ -28,8 +28,9 @@ def parse(description):
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
     parser.error = refuse  # one line instead of the whole usage
     add_flags(parser)
-    args = parser.parse_args()
-    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    args, untyped = parser.parse_args(), object()
+    typed = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), untyped))))
+    given = {name for name, value in typed.items() if value is not untyped}  # also with its default value
     if args.start is not None:
         go_on_from(args, given)
     check_method(args, given)
