@@ -153,7 +153,7 @@ def fine_tune(args, precision, ranks):
                 # 3. Clip and update. Here the host first waits for a GPU: the norm decides whether to update
                 norm = engine.step(learning_rate(step, args), args.clip)
             loss = ranks.sum(float(loss)) / ranks.copies
-            check_finite(progress, state, loss=loss, norm=norm)
+            check_finite(progress, state, loss=loss, gradient_norm=norm)
             # 4. Log
             progress.step += 1
             progress.losses.append(loss)

@@ -35,7 +35,7 @@ peft's comparison better (47.8 against 37.3, at settings with a small s: see bel
 Pitfalls
 * s = α / r keeps the first r, whatever is pruned. With peft's defaults (α = 8, r = 12) s is 0.67, and at LoRA's
   learning rate that is slow. Even with α = 16 three times LoRA's rate was better (experiments/ranks.py).
-* The loss that trains has the penalty in it: nearly γ √r at the start. Do not compare it with LoRA's.
+* The loss that trains has the penalty in it: up to about γ √r at the start. Do not compare it with LoRA's.
 * A pruned λ keeps its moments in Adam, so the next step moves it off 0 again.
 
 Compared with related methods: LoRA has one rank, or ranks that you choose (add_lora's `ranks`). The whole family in one
@@ -193,7 +193,7 @@ def load_adalora_state_dict(model, state):
     for name, layer in lora.lora_layers(model).items():
         A, B, E = keys = [f"base_model.model.{name}.lora_{part}" for part in "ABE"]
         if state.keys() >= {*keys}:
-            pruned = max(0, len(layer.lora_E) - len(state[E]))  # the file has them not; here they are zeros
+            pruned = max(0, len(layer.lora_E) - len(state[E]))  # left out of the file, zeros here
             state |= {key: F.pad(state[key], (0, 0, 0, pruned)) for key in (A, E)} | {B: F.pad(state[B], (0, pruned))}
     lora.load_lora_state_dict(model, state)
 

@@ -36,8 +36,8 @@ Why warm-up? At the first steps v̂ averages few gradients, so all weights move 
 
 Gradient clipping: if the norm ‖g‖ over all weights exceeds a limit, usually 1, g is multiplied by limit / ‖g‖, so that
 one bad batch spoils neither m nor, for 1,000 steps, v. Loss scaling: fp16 gradients below 3e-8 would be 0, so the loss
-is multiplied by 2^16 or so. Whoever scales it leaves out a step with inf or NaN and halves the factor. bf16 has the
-range of fp32 and needs none (quant.py). Both are factors of g, multiplied in fp32, with the norm ‖g‖ without the scale:
+is multiplied by 2^16 or so. The training loop leaves out a step with inf or NaN, and halves the factor. bf16 has the
+range of fp32 and needs none (quant.py). Both are factors of g, multiplied in fp32. ‖g‖ is without the loss scale:
     step(grad_scale=min(1, limit / ‖g‖) / loss_scale)
 
 Bytes per weight: 16 in fp32 (θ, g, m, v = 4 + 4 + 4 + 4) and in mixed precision (θ, g in 16 bits, and in fp32 a master

@@ -127,7 +127,7 @@ def add_dora(model, targets="all-linear", *, add=lora.add_lora, **arguments):
         raise Error("init='pissa' has an update of its own, s (B A - B₀ A₀): take it or DoRA, not both")
     add(model, targets, **arguments)
     for layer in lora.lora_layers(model).values():
-        layer.__class__ = DoRALinear  # it has A and B already. m is of the W that add has stored, which may have 4 bits
+        layer.__class__ = DoRALinear  # it has A and B already; m is made of W as add has stored it, in 4 bits perhaps
         layer.start()
     model.lora_config["use_dora"] = True
     return model

@@ -20,7 +20,7 @@ trains 5,376 numbers in each of 12 layers, 64,512 in all, one in 1,929. (peft sc
 BitFit trains 102,144: 11 d in each layer and d = 768 in the last norm. LoRA with r = 8 on all linear layers: 1,179,648.
 
 How to choose: a larger learning rate than LoRA's, as few numbers have to move far. IA3's authors take 3e-3 (Adafactor)
-and 1,000 steps of 8 examples, BitFit's code 1e-3. When: few examples, or many tasks to store; not for much to learn.
+and 1,000 steps of 8 examples, BitFit's code 1e-3. When: few examples, or many tasks to store. Not: much to learn.
 
 Pitfalls
 * Weight decay pulls l to 0, which silences the layer, and not to 1. Leave it out.

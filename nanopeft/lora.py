@@ -25,8 +25,7 @@ What α is for: s scales the update, so it acts like a learning rate. The first 
     SGD, ΔB = -lr · dB:          the loss falls by lr · |dB|² ∝ s² r           1/r          same
 |dB|₁ sums out · r numbers ∝ s. An entry of ΔB A sums r terms of random sign, so it grows as √r. This assumes that A's
 entries do not depend on r, as with init="kaiming", but not "gaussian" (deviation 1/r). Why rsLoRA: its paper finds that
-with α / r the learning of large ranks collapses, while α / √r keeps it stable. Take α / r for r up to 64, α / √r far
-beyond.
+with α / r the learning of large ranks collapses, while α / √r keeps it stable. Take α / r up to r = 64, α / √r beyond.
 
 What it saves: gradients and Adam's two moments exist for r (in + out) numbers instead of in · out. Of a layer's three
 large products (y, dx, dW) the last is left out: about 2/3 of the FLOPs remain. Less time is saved: A's and B's products
@@ -220,7 +219,7 @@ def add_lora(
     targets: a list of ends of layer names, ["c_attn", "mlp.c_proj"]; or one regular expression for whole names; or
         "all-linear", every linear layer but the head. ranks: {regular expression for the end of a name: its own r}.
     init: "kaiming" or "gaussian" draws A and sets B = 0; "reverse" draws B and sets A = 0; "pissa": see PiSSALinear.
-        Embeddings have neither a choice of init (A = 0, B normal) nor dropout.
+        Embeddings have neither a choice of init (A = 0, B normal) nor dropout, and "pissa" refuses them.
     modules_to_save: ends of names of modules that are trained in full and saved too; by default a classifier's
         new head, if it is called "classifier", "score" or "qa_outputs". Without LoRA it stays as trained.
     Cast the model before, not after: model.to(torch.bfloat16) would cast A and B too. Wrap it in DDP or FSDP after.

@@ -25,16 +25,16 @@ ACTIVATIONS are the numbers of forward that backward needs. One block of GPT-2 k
     sum                                                              16     16     10
 
 So L blocks keep 16·L·n·d·e bytes. GPT-2 on 4 rows of 256 tokens in bf16: 12·16·1024·768·2 = 0.302 GB, more than the
-0.249 GB of its weights. With --method full the program prints 0.462. Statistics of norms and attention, the last norm's
-input and the gradient of the loss's input are 0.005 of that. 0.154 are the head's gradient, 4·V·d bytes, which gpt.py
-makes already in the loss and keeps for backward like activations.
+0.249 GB of its weights. With --method full the program prints 0.462. Of that 0.154 is the head's gradient, 4·V·d bytes:
+gpt.py makes it already in the loss, and it is kept for backward like activations. 0.005 is statistics of norms and
+attention, the last norm's input and the gradient of the loss's input.
 A Llama block with fused norms keeps 6 + 2·w/d + 4·f/d, full or with LoRA on all linear layers (w: width of the keys,
 f: of the gated MLP). For llama-7b this is 18.75. Frozen it keeps 4 + 2·w/d + 3·f/d, 14.06.
 
 Does PEFT cut activations? LoRA hardly, prompt tuning by 6 of 16. The gradient runs through frozen layers too, down to
 the lowest trained number. Below it nothing is kept, so the first block keeps a little less. A frozen linear layer does
-not need x, since dx = dy W: the last column. But LoRA on it needs the same x for dA. What PEFT cuts is gradients and
-optimizer states.
+not need x, since dx = dy W: the last column. But LoRA on it needs the same x for dA. Gradients and optimizer states are
+what all of PEFT cuts.
 
 T² term: fused attention (FlashAttention, torch's scaled_dot_product_attention) keeps no scores; backward computes them
 again. Unfused attention keeps T scores for each head and token: with dropout a block keeps n·d·(34 + 5·H·T/d) bytes in
@@ -77,11 +77,11 @@ PEAK. Forward fills the activations; backward frees them and fills the gradients
     after backward        all gradients, no activations                         full training on very few tokens
 
 OUT OF MEMORY? Try in this order:                       what changes              costs
-    1. k smaller micro-batches, gradients accumulated   activations → / k         k passes, each less efficient
+    1. k smaller micro-batches, gradients accumulated   activations → 1/k         k passes, each less efficient
     2. recomputation (recompute.py), --recompute 1      a block → n·d·e           2/9 of a step's FLOPs; LoRA 1/2
     3. LoRA                                             14 Ψ → 16 Ψ_t             capacity to learn much that is new
     4. QLoRA; in full training 8-bit Adam               2 → 0.516 Ψ; 16 → 10 Ψ    time to dequantize; rounding
-    5. ZeRO over N devices, then offload                states → / N              traffic (zero.py); a slow update
+    5. ZeRO over N devices, then offload                states → 1/N              traffic (zero.py); a slow update
 Recomputation (gradient checkpointing) runs each block again in backward, so 16·n·d·e live for one block at a time.
 
 INFERENCE takes 2 Ψ: each weight once, in 16 bits, and one layer's activations at a time. On top comes the KV cache,

@@ -50,7 +50,7 @@ only warns. The usual cure is model.enable_input_require_grads(): then the embed
 there is no trap. `Recompute` takes the trained parameters as inputs too. `run` leaves the graph as it is; so does
 use_reentrant=False, which torch recommends and whose mechanism this is.
 
-With other techniques. LoRA or adapters on all layers alone save hardly any activations (202 of 204 MiB are left above).
+With other techniques. LoRA or adapters on all layers save hardly any activations (202 MiB above, and full 204).
 Prefix-tuning hands its prefix over in a cache, see above; transformers' own gradient checkpointing drops it. ZeRO stage
 3 gathers a block's weights once in backward, before the second forward, and keeps them for the gradients. The loss in
 chunks of gpt.py is the same idea for logits. Offloading activations to the CPU is the alternative where the link is

@@ -57,8 +57,8 @@ Pitfalls
 * All ranks of a group need the same batch, random state (shard() takes rank 0's) and calls, or they drift or hang.
 * Clip with clip_grad_norm: it adds the squares of split parameters over ranks, and counts replicated ones once.
 * shard() comes after adapters are added and parameters frozen. Recomputation repeats forward's all-reduces.
-* Dropout of attention weights, as in transformers' GPT-2, draws the same masks on all ranks. So the first head of each
-  rank has one mask, the second another. One process would draw one for each of all heads.
+* Dropout of attention weights, as in transformers' GPT-2, draws the same masks on all ranks. So head j of each rank
+  has the same mask, where one process would draw another for each head.
 Papers: Megatron-LM, arXiv 1909.08053, section 3; sequence parallelism, 2205.05198; 3D parallelism, 2104.04473.
 The whole family in one table: nanopeft/__init__.py
 """

@@ -358,7 +358,7 @@ class ZeRO:
                 flat.reshard()
             for p in self.frozen:
                 broadcast(p.data)
-        if wrong:  # after the others' turn, and not in the place of an exception from inside
+        if wrong:  # out of the finally: an exception from inside comes first
             raise Error(f"inside whole() write into parameters, do not replace them (assign=True): {wrong[0]}")
 
     @torch.no_grad()

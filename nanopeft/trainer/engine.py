@@ -4,7 +4,7 @@
     engine.backward(loss)          once for each micro-batch; a pipeline: loss = engine.backward_batches(all of them)
     norm = engine.step(lr, clip)   clip the gradient, update, clear; fp16's loss scale is kept here
     with engine.whole() as model:  a model with all its parameters, to evaluate and to save
-    engine.loss(rows)              of a batch, without a gradient, and without gathering a whole model
+    engine.loss(rows)              of a batch, without a gradient; only a pipeline gathers the whole model for it
     engine.state_dict()            {parameter name: {"master", "m", "v"}}, of several ranks on rank 0: the same for
     engine.load_state_dict(...)    each kind of engine and number of ranks, so that a run goes on with another one
 """
