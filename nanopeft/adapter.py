@@ -23,7 +23,7 @@ LayerNorms. Here, as in AdapterHub, they stay frozen: few numbers (38,400 in GPT
   (I + Up Down) W. [P] could not even then: I + Up Down would act on the whole residual stream, the sum of what all
   sublayers wrote, and no single weight makes that. Which f it is hardly matters.
 * Cost at inference: two small products in series per adapter. Few multiplications (Houlsby at reduction 16: 2.1 % of
-  those with the blocks' weights), but many small kernels: on a GPU at batch 1 the LoRA paper (table 1) measured 20 to
+  the blocks' own), but many small kernels: on a GPU at batch 1 the LoRA paper (table 1) measured 20 to
   30 % more latency. AdapterDrop (2010.11918) leaves out the adapters of the lowest blocks, which matter least: several
   tasks can share these blocks' results, and training need not backpropagate through them.
 * Training memory: only adapters have gradients and optimizer states. Most activations stay: backward passes all blocks.
@@ -38,7 +38,7 @@ Design: Q and K (d, d) have a bias, V (d, d) has none; the scores are not divide
 N(0, 0.02²), with zero biases. V starts as the identity (1e-6 off the diagonal), as a random V would scramble what the
 adapters say, and the penalty 0.01 ‖I - V‖² in the loss holds it there.
 Consequences: with N = 1, p is always 1, and Q and K get no gradient. K's bias never gets one: it adds the same to all N
-scores. Fusion is expensive: 3d² + 2d parameters and (N + 2) d² multiplications per block, which itself has 12d².
+scores. Fusion is expensive: 3d² + 2d parameters a block, which itself has 12d², and (N + 2) d² multiplications a token.
 
 Worked example, d = 2, m = 1, f = relu: Down = (1, 1), Up = (0.5, -0.5)ᵀ. u = (1, 2) gives Down u = 3, A = (1.5, -1.5),
 output (2.5, 0.5). -u gives f(-3) = 0, and stays (-1, -2): a matrix would give (-2.5, -0.5). Fused with z₂ = (0, 1) and
@@ -53,14 +53,15 @@ unmerged model and latency at small batches does not matter. Fusion, where adapt
 target task has little data: there its paper gained most, and elsewhere little over one adapter.
 Pitfalls: cast the model before add_adapter, not after, or the adapters are cast too. Add fusion_penalty to the loss. A
 new head of another name than classifier, score or qa_outputs must be in modules_to_save, or it stays frozen and is not
-stored. With [P] or fusion, output_hidden_states of most models in transformers lacks A(u), but for the last: hook the
-layers of adapter_layers(model) instead.
+stored. With [P] or fusion, output_hidden_states of most models in transformers lacks A(u), except in the last one: hook
+the layers of adapter_layers(model) instead.
 A parallel adapter (2110.04366) stands beside its sublayer, x + MLP(LN x) + s A(x), and did better there at equal size.
 Prompt tuning, P-tuning and prefix-tuning take up context. The whole family in one table: nanopeft/__init__.py
 Papers: adapters, arXiv 1902.00751, section 2.1; AdapterFusion, arXiv 2005.00247, section 3.2.
 """
 
 import re
+from collections import Counter
 from contextlib import contextmanager
 
 import torch
@@ -315,13 +316,15 @@ def bare_names(model):
 
 def find_heads(model, ends):
     """{name: module} of modules_to_save: by ends of names, or by default a classifier's new head."""
-    modules = bare_names(model)
-    if ends is None:
-        heads = ("classifier", "score", "qa_outputs")  # the model's own, and DistilBERT's pre_classifier
-        return {name: m for name, m in modules.items() if "." not in name and name.endswith(heads)}
-    found = {name: module for name, module in modules.items() if name.endswith(tuple(ends))}
-    if isinstance(ends, str) or ends and not found:
-        raise Error(f"modules_to_save={ends!r} must be a list of ends of names of modules")
+    modules, uses = bare_names(model), Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    if ends is None:  # the model's own, and DistilBERT's pre_classifier
+        heads = ("classifier", "score", "qa_outputs")
+        found = {name: m for name, m in modules.items() if "." not in name and name.endswith(heads)}
+    else:
+        found = {name: m for name, m in modules.items() if name.endswith(tuple(ends))}
+    shared = any(uses[id(p)] > 1 for module in found.values() for p in module.parameters())
+    if isinstance(ends, str) or shared or ends and not found:
+        raise Error(f"modules_to_save={ends!r} must be a list of ends of names of modules with weights of their own")
     return found
 
 
@@ -374,7 +377,7 @@ def is_linear(layer):  # Conv1D is Hugging Face's linear layer with the weight a
 
 
 def width(model, layer):
-    """d, the size of what the layer returns; for a block it is in the model's config, or its last linear layer's."""
+    """d, the size of the output: for a block the config's, or its last linear layer's."""
     config = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     d = getattr(config, "hidden_size", getattr(config, "n_embd", None))

@@ -42,8 +42,8 @@ GPT-2 small: wte 38,597,376 + wpe 786,432 + 12 blocks of 7,087,872 + ln_f 1,536 
 an untied head. L/H/d of medium: 24/16/1024, large 36/20/1280, xl 48/25/1600. The KV cache, 2·L·d·S·B numbers, is 37.7
 MB for 1,024 tokens in 16 bits. Logits, B·T·V·4 bytes in fp32, are 206 MB for 4 rows of 256 tokens: hence the chunks.
 FLOPs per token, for N weights in matrix products: 2 N forward (multiply and add), 4 N backward (dx and dW; 2 N if
-frozen). So training GPT-2 small takes 6 N = 0.74 G. Attention adds 4·L·d·S forward, a T² term; it passes the blocks'
-24·L·d² from S = 6 d = 4,608 on. nanoGPT pretrains GPT-2 small with AdamW, lr 6e-4 after 2,000 steps of warm-up, then
+frozen). So training GPT-2 small takes 6 N = 0.74 G. Attention adds 4·L·d·S forward, a T² term; it exceeds the blocks'
+24·L·d² above S = 6 d = 4,608. nanoGPT pretrains GPT-2 small with AdamW, lr 6e-4 after 2,000 steps of warm-up, then
 cosine to 6e-5, betas (0.9, 0.95), weight decay 0.1, half a million tokens a step, no dropout.
 
 Pitfalls: For generation, pad on the left: the next token is read off the last position. Pass an attention_mask, which
@@ -63,7 +63,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-LOGITS = {"cpu": 1 << 21, "cuda": 1 << 26}  # aimed at, at a time; on a GPU each chunk launches a dozen kernels
+LOGITS = {"cpu": 1 << 21, "cuda": 1 << 26}  # a chunk's, about; on a GPU each chunk launches a dozen kernels
 CHUNK = 1 << 17  # logits that go through the softmax at a time, per core: 0.5 MB in fp32 fit its L2 cache
 Output = namedtuple("Output", "loss logits past_key_values", defaults=(None, None, None))
 
@@ -175,8 +175,8 @@ class GPT(nn.Module):
         """Called like a Hugging Face causal LM. Returns the loss if there are labels, and the logits (B, T, V) if not.
 
         attention_mask (B, S): 1 for tokens, 0 for padding on either side; a padded row gives what it gives alone.
-        position_ids (T,) or (B, T): where a row of (B, T) does not go up by one, a packed row's next example begins
-        (data.py; neither with an attention_mask nor after a past).
+        position_ids (T,) or (B, T): in a packed row (data.py) an example begins where they do not go up by one. Packed
+        rows have no attention_mask and no past.
         past_key_values: a KVCache or transformers' DynamicCache, extended in place. labels (B, T): unshifted.
         logits_to_keep: logits of so many last positions only; 0 means of all.
         """
@@ -190,6 +190,8 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             x = block(x, mask, cache)
         x = self.transformer.ln_f(x)  # (B, T, d)
+        if labels is not None and labels.shape != x.shape[:2]:
+            raise Error(f"labels are {tuple(labels.shape)}, and must be {tuple(x.shape[:2])}: one for each position")
         if labels is None:
             return Output(logits=self.lm_head(x[:, -logits_to_keep:]), past_key_values=cache)
         x, labels = x[:, :-1].reshape(-1, x.size(-1)), labels[:, 1:].reshape(-1)  # x[t] is scored on labels[t + 1]
@@ -247,14 +249,14 @@ def generate(model, input_ids, max_new_tokens=64, *, attention_mask=None, temper
     for _ in range(max_new_tokens):
         out = model(step, attention_mask=attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits, cache = out.logits[:, -1].float(), out.past_key_values  # (B, V)
+        if not logits.amax(-1).isfinite().all():
+            raise Error("the model's logits are inf or NaN: its weights are damaged, or the training diverged")
         if temperature < 1e-5:  # as 0: the division could overflow
             step = logits.argmax(-1, keepdim=True)  # (B, 1)
         else:
             logits = logits / temperature
             if top_k is not None:
                 logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
-            if not logits.amax(-1).isfinite().all():
-                raise Error("the model's logits are inf or NaN: its weights are damaged, or the training diverged")
             step = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         if ends is not None:
             step[done] = ends[0]
@@ -288,8 +290,8 @@ def skips_unlabelled(device):
 
 
 def chunked_loss(head, x, labels, rows):
-    """The same with `rows` rows of logits at a time: 65 MB if the head is frozen, and 373 if it is trained, as dW in
-    fp32 is 154 and a chunk's dW as much again. Without any label it is 0, not NaN."""
+    """plain_loss with `rows` rows of logits at a time: 65 MB with a frozen head, 373 with a trained one, whose dW in
+    fp32 is 154, and a chunk's dW as much again. Without any label it is 0, not NaN."""
     weights = [p for p in head.parameters() if p.requires_grad]
     need_grad = torch.is_grad_enabled() and (x.requires_grad or len(weights) > 0)
     # The weights again, beside head: autograd gives gradients only to tensors that are arguments themselves

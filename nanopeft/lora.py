@@ -463,14 +463,13 @@ def find_targets(model, targets, saved=()):
     if any(isinstance(m, (nn.DataParallel, nn.parallel.DistributedDataParallel)) for m in model.modules()):
         raise Error("add LoRA to the plain model, then wrap it: DDP knows only the parameters that it began with")
     inside = tuple(f"{name}." for name in saved)
-    outside = {name: m for name, m in bare_names(model).items() if not f"{name}.".startswith(inside)}
-    modules = {name: module for name, module in outside.items() if name}
+    modules = {name: m for name, m in bare_names(model).items() if name and not f"{name}.".startswith(inside)}
     fitting = {n: m for n, m in modules.items() if is_linear(m) or isinstance(m, nn.Embedding)}
     if targets == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         found = {n: m for n, m in fitting.items() if is_linear(m) and m is not head}
-        own = (*fitting, *saved)
-        passed = [n for n, p in model.named_parameters() if p.dim() > 1 and bare(n).rpartition(".")[0] not in own]
+        matrices = [n for n, p in model.named_parameters() if p.dim() > 1 and not bare(n).startswith(inside)]
+        passed = [n for n in matrices if bare(n).rpartition(".")[0] not in fitting]
         if passed:  # a mixture of experts may hold them all in one tensor
             warnings.warn(f"all-linear passes over parameters of no linear layer: {names(passed)}", stacklevel=3)
     else:

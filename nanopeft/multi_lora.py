@@ -17,7 +17,7 @@ rows with 32 adapters read 33.6 + 32 · 0.131 = 37.7 MB, with 32 merged weights 
 padded with zeros to the largest rank. Punica's and S-LoRA's kernels read them where they lie.
 Adding: [λ₁s₁B₁ λ₂s₂B₂] [A₁; A₂] is the sum exactly, one adapter of rank r₁ + r₂. λ < 0 is meant to unlearn. Do not
 average A's and B's apart: ½ (B₁ + B₂) · ½ (A₁ + A₂) has cross terms, B₁A₂ and B₂A₁, that nobody trained. In peft's
-add_weighted_adapter "cat" is the sum; "linear" adds √(λs) A and √(λs) B apart, with the cross terms.
+add_weighted_adapter "cat" is the sum; "linear" adds √|λs| A and √|λs| B apart, with the cross terms.
 Pitfalls: Beam search repeats each row, so repeat its name as often, side by side. Layers must get x as (N, ..., in) or
 (N · T, in); experts in linear layers do not, and take one adapter for all rows.
 Papers: Punica, arXiv 2310.18547; S-LoRA, arXiv 2311.03285; task arithmetic, arXiv 2212.04089.
@@ -58,8 +58,12 @@ class MultiLoRALinear(lora.LoRALinear):
         h = x.reshape(*rows.shape, -1, x.size(-1)) @ A.mT  # (N, T, in) @ (N, in, r) = (N, T, r)
         return (h @ B.mT).view(*x.shape[:-1], B.size(-2))  # (N, T, r) @ (N, r, out) = (N, T, out)
 
-    def delta(self):  # ΔW for a model that reads W + ΔW. Rows have none in common: T5 asks for the dtype of this NaN
-        delta = self.B.new_full((1, 1), float("nan")) if self.rows.dim() else self.B[self.rows] @ self.A[self.rows]
+    @property
+    def weight(self):  # W + ΔW for a model that reads it. Rows have none in common: T5 asks for this one's dtype alone
+        return self.base_layer.weight.new_empty(0) if self.rows.dim() else super().weight
+
+    def delta(self):
+        delta = self.B[self.rows] @ self.A[self.rows]
         return delta if isinstance(self.base_layer, nn.Linear) else delta.t()
 
     def __getattr__(self, name):
@@ -75,9 +79,9 @@ class MultiLoRALinear(lora.LoRALinear):
 def add_loras(model, adapters):
     """Freezes the model and puts the adapters {name: (config, state)} beside its layers, none in use. lora.remove_lora
     takes them off. config and state are lora_config's and lora_state_dict's, or what peft's two files hold."""
-    found = {}  # {layer: {adapter: its update}}
-    for name, (config, state) in adapters.items():
-        lora.add_lora(model, **arguments(config), modules_to_save=())
+    found, options = {}, {name: arguments(config) for name, (config, _) in adapters.items()}
+    for name, (_, state) in adapters.items():  # found: {layer: {adapter: its update}}
+        lora.add_lora(model, **options[name], modules_to_save=())
         try:
             lora.load_lora_state_dict(model, state)
             for layer, update in lora.lora_layers(model).items():
@@ -126,11 +130,19 @@ def combine_loras(adapters, weights):
     return adapters[0][0] | one, combined
 
 
+OTHERS = (
+    "alpha_pattern", "alora_invocation_tokens", "bias", "exclude_modules", "kasa_config", "layers_to_transform",
+    "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices", "use_dora",
+)  # fmt: skip
+
+
 def arguments(config):
     """add_lora's, from adapter_config.json."""
-    for key in ("alpha_pattern", "alora_invocation_tokens", "bias", "lora_bias", "modules_to_save", "use_dora"):
+    for key in OTHERS:
         if config.get(key) not in (None, False, "none", {}, []):
             raise Error(f"an adapter has {key} = {config[key]!r}: here it must be plain LoRA, A and B alone")
+    if (init := config.get("init_lora_weights", True)) not in (True, False, None, "gaussian", "orthogonal", "eva"):
+        raise Error(f"an adapter has init_lora_weights = {init!r}, which changes the base: here all have one base")
     return {"targets": config["target_modules"], "r": config["r"], "alpha": config["lora_alpha"],
             "ranks": config.get("rank_pattern"), "rslora": config.get("use_rslora", False)}  # fmt: skip
 

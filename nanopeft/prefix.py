@@ -159,9 +159,10 @@ class PrefixTuning(nn.Module):
     def put_prefix_into(self, cache, B):
         """Gives each layer its P_K and P_V (B, H, n, h), the same in all B rows, as if the model had read n tokens."""
         P = self.prefix().to(self.model.get_input_embeddings().weight.dtype)  # (n, 2 L w)
-        P = P.view(self.n_tokens, -1, self.n_head, self.head_dim).permute(1, 2, 0, 3).expand(B, -1, -1, -1, -1)
-        for layer in range(self.n_layer):  # P (B, 2 L, H, n, h) is not copied for each row: a cache only reads it
-            cache.update(P[:, 2 * layer], P[:, 2 * layer + 1], layer)
+        P = P.view(self.n_tokens, -1, self.n_head, self.head_dim).permute(1, 2, 0, 3)  # (2 L, H, n, h)
+        pairs = [p.expand(B, -1, -1, -1) for p in P.unbind()]  # not copied for each row: a cache only reads it
+        for layer in range(self.n_layer):
+            cache.update(*pairs[2 * layer : 2 * layer + 2], layer)
         return cache
 
     def forward(self, input_ids=None, *, attention_mask=None, position_ids=None, inputs_embeds=None,
@@ -170,6 +171,8 @@ class PrefixTuning(nn.Module):
         first without past_key_values, or with an empty cache; a cache handed back holds it already."""
         if (input_ids is None) == (inputs_embeds is None):
             raise Error("give either input_ids or inputs_embeds")
+        if position_ids is not None and attention_mask is None and (position_ids.diff() != 1).any():
+            raise Error("beside a prefix the examples of a packed row would see one another: pad the rows instead")
         B, T = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         cache, n = self.empty_cache() if past_key_values is None else past_key_values, self.n_tokens
         if getattr(cache, "is_compileable", False):
@@ -193,6 +196,9 @@ class PrefixTuning(nn.Module):
         """The model's own generate, with its options and defaults; lengths count input_ids and new tokens, not P."""
         if max_new_tokens is not None:
             options["max_new_tokens"] = max_new_tokens
+        cache, mask = options.get("past_key_values"), options.get("attention_mask")
+        if cache is not None and cache.get_seq_length() and (mask is None or mask.shape == input_ids.shape):
+            raise Error("a cache holds the text before: give the new ids alone, and the attention_mask of all text")
         if hasattr(self.model, "generation_config"):
             options["use_cache"] = True  # which holds the prefix
         # By a shallow copy, which shares the weights, and calls `self` where it would call the model
@@ -220,7 +226,7 @@ class PrefixTuning(nn.Module):
 def fold_prefix(model):
     """Discards the reparametrization: P is computed once and kept, E and the MLP go. Without an MLP nothing changes."""
     if (tuned := find_tuned(model)).mlp is not None:
-        tuned.prompt_embeddings = nn.Parameter(tuned.prefix().clone())
+        tuned.prompt_embeddings = nn.Parameter(tuned.prefix().detach())
         tuned.E = tuned.mlp = None
     return model
 
@@ -287,7 +293,7 @@ def keys_and_values(model, ids, cache_name):
     ids = ids.to(model.get_input_embeddings().weight.device)
     try:
         kind = type(model(input_ids=ids[None, :1], use_cache=True).past_key_values)
-        cache = kind()  # made without a config it keeps what leaves a sliding window; a mask hides it
+        cache = kind()  # without a config it keeps all tokens; a mask hides those out of a window
         model(input_ids=ids[None], use_cache=True, **{cache_name: cache})
         pairs = [(layer.keys, layer.values) if hasattr(layer, "keys") else layer for layer in cache.layers]
         found = torch.cat([t for pair in pairs for t in pair])

@@ -26,7 +26,7 @@ their keys and values in the cache, and has a context n shorter. In return one f
 one batch: with the prompts stacked as P (tasks, n, d), call base(inputs_embeds=cat((P[task], E[ids]), 1)), task (B,).
 
 Why scale helps: P adds no ability. It calls up what the frozen model can do, and a larger model can do more. The paper
-tuned T5 from 60M to 11B parameters: small models stay behind full fine-tuning, and at about 10B the two are equal.
+tuned T5 from 77M to 11B parameters: small models stay behind full fine-tuning, and at about 10B the two are equal.
 When to use it: one very large frozen model serves many tasks, each with kilobytes of its own. When not: the context is
 tight, the model is small, or the task is hard, such as tagging, where P-tuning v2 is better.
 
@@ -37,7 +37,7 @@ weight is at risk. The paper takes 0.3 and ends far from all words: its released
 far is not always needed. In a small GPT-2 (6 layers, d = 256, words of RMS 0.083) 60 steps bring a loss of 4.25 to 4.12
 at 1e-4, to 3.87 at 1e-3, and to 3.78 to 3.82 at all rates from 3e-3 (P moves by 0.03) to 0.1 (P moves by 0.66).
 Typical: n = 20 to 100 (more gains little; at 11B even one token works). The paper: n = 100, Adafactor, constant 0.3,
-batch 32, 30,000 steps. Here: AdamW at 0.1 without weight decay, which would pull P to zero.
+batch 32, 30,000 steps. Here: AdamW at 0.1, no weight decay: it would pull P to zero.
 
 Pitfalls
 * It is not prompt engineering, which searches for words, nor instruction tuning, which trains the weights on many tasks
@@ -95,7 +95,7 @@ class PromptTuning(nn.Module):
         self.prompt_config = {
             "peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": n_tokens,
             "token_dim": P.size(1), "num_transformer_submodules": 1, "inference_mode": True,
-            "prompt_tuning_init": "SAMPLE_VOCAB" if str(init) == "vocabulary" else "RANDOM",
+            "prompt_tuning_init": "SAMPLE_VOCAB" if init == "vocabulary" else "RANDOM",
         }  # fmt: skip
 
     def virtual_tokens(self):
@@ -127,6 +127,8 @@ class PromptTuning(nn.Module):
             raise Error("give either input_ids or inputs_embeds")
         if getattr(past_key_values, "is_compileable", False):
             raise Error("a static cache has no room for the virtual tokens: leave out cache_implementation")
+        if position_ids is not None and attention_mask is None and (position_ids.diff() != 1).any():
+            raise Error("of a packed row only the first example would see the virtual tokens: pad the rows instead")
         B, T = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         n, limit, mask = self.n_in_front, self.n_positions, attention_mask
@@ -155,6 +157,9 @@ class PromptTuning(nn.Module):
         """The model's own generate, with its options and defaults; lengths count input_ids and new tokens, not P."""
         if max_new_tokens is not None:
             options["max_new_tokens"] = max_new_tokens
+        cache, mask = options.get("past_key_values"), options.get("attention_mask")
+        if cache is not None and cache.get_seq_length() and (mask is None or mask.shape == input_ids.shape):
+            raise Error("a cache holds the text before: give the new ids alone, and the attention_mask of all text")
         if hasattr(self.model, "generation_config") and "past_key_values" not in self.takes:
             options["use_cache"] = False  # of a recurrent state it is not known whether it has read P
         # By a shallow copy, which shares the weights, and calls `self` where it would call the model

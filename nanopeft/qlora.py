@@ -135,7 +135,7 @@ def add_qlora(model, targets="all-linear", *, quant_type="nf4", double_quant=Tru
 
 @torch.no_grad()
 def merge_qlora(model, dtype=None):
-    """Dequantizes the layers, into their original dtype or `dtype`, and merges the update: lora.remove_lora comes next.
+    """Dequantizes the layers and merges the update: lora.remove_lora comes next. dtype: the whole model's from then on.
 
     If lora.merge_lora refuses (LoRA on a tied head, or inside lora_disabled), all is dequantized and nothing merged.
     """
@@ -144,6 +144,8 @@ def merge_qlora(model, dtype=None):
         weight = weight if isinstance(original, nn.Linear) else weight.t().contiguous()
         original.weight, original.bias = nn.Parameter(weight, requires_grad=False), layer.bias
         lora.replace(model, {layer: original})
+    for name, p in model.named_parameters() if dtype else ():  # norms, biases and embeddings as well
+        p.data = p.data if "lora_" in name else p.data.to(dtype)
     return lora.merge_lora(model)
 
 

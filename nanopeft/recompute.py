@@ -109,7 +109,8 @@ def run(forward, *args, **kwargs):
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     given = [as_given(x) for x in args], {name: as_given(x) for name, x in kwargs.items()}
-    device = next((x.device for x in [*args, *kwargs.values()] if torch.is_tensor(x)), torch.device("cpu"))
+    tensors = [x for x in (*args, *kwargs.values()) if torch.is_tensor(x)]
+    device, versions = tensors[0].device if tensors else torch.device("cpu"), [x._version for x in tensors]
     surroundings = [settings(kind) for kind in {"cpu", device.type}]
     shapes, saved = [], {}
 
@@ -124,6 +125,8 @@ def run(forward, *args, **kwargs):
 
     def load(number):
         if number not in saved:  # backward has arrived at this block, or comes a second time
+            if [x._version for x in tensors] != versions:
+                raise Error("an input of the block was changed in place after it: forward cannot run again from it")
             saved.clear()
             with as_before(surroundings), torch.autograd.graph.saved_tensors_hooks(save_tensor, lambda _: None):
                 try:

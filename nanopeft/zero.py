@@ -346,11 +346,13 @@ class ZeRO:
             flat.unshard()
             flat.wait()
             flat.n_whole += 1
-        shapes = {p: p.shape for p in self.model.parameters()}
+        before = {name: (p, p.shape) for name, p in self.model.named_parameters(remove_duplicate=False)}
         try:
             yield self.model
         finally:
-            wrong = [name for name, p in self.model.named_parameters() if shapes.get(p) != p.shape]
+            after = self.model.named_parameters(remove_duplicate=False)  # an encoder may have been folded away
+            kept = [(name, p) for name, p in after if name in before]
+            wrong = [name for name, p in kept if before[name][0] is not p or before[name][1] != p.shape]
             for flat in self.flat_params:
                 if not wrong:
                     flat.take_written()

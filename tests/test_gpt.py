@@ -207,6 +207,23 @@ def test_gelu_by_tanh_is_not_the_exact_one():
     assert off(mlp(x[:, None])[:, 0], by_tanh) < FP64
 
 
+@pytest.mark.parametrize("shape", [(1, 8), (2, 7), (2, 9)])
+def test_labels_of_another_shape_are_refused(shape):
+    """Labels that are not one for each position would be scored in other places, without a word."""
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    with pytest.raises(gpt.Error, match=r"labels are .*, and must be \(2, 8\)"):
+        tiny()(ids, labels=torch.zeros(shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_damaged_model_generates_nothing(temperature):
+    """Logits of NaN are an Error, drawn from or not: the likeliest of them would be token 0 for ever."""
+    model = tiny()
+    model.transformer.ln_f.bias.data.fill_(math.nan)
+    with pytest.raises(gpt.Error, match="inf or NaN"):
+        model.generate(torch.zeros(1, 3, dtype=torch.long), 4, temperature=temperature)
+
+
 def test_micro_batches_add_up_by_their_labels():
     """Gradients of micro-batches, weighted by their shares of the labels, are the whole batch's; by 1/k not."""
     model, ids = tiny(), torch.randint(61, (4, 10))

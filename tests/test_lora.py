@@ -766,6 +766,14 @@ def test_all_linear_names_the_parameters_that_it_passes_over():
     assert len(lora.lora_layers(model)) == 8
 
 
+@pytest.mark.filterwarnings("error")
+def test_all_linear_passes_over_a_head_that_is_trained_whole():
+    """What is inside modules_to_save is trained, so it is not warned of, however deep its layers are."""
+    model = nn.ModuleDict({"layer": nn.Linear(4, 4), "classifier": nn.ModuleDict({"dense": nn.Linear(4, 2)})})
+    lora.add_lora(model)
+    assert [*lora.lora_layers(model)] == ["layer"] and model.classifier.dense.weight.requires_grad
+
+
 class Quantized(nn.Linear):
     """A layer that keeps its weight in one byte and widens it in its forward."""
 

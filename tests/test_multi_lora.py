@@ -439,6 +439,16 @@ def test_a_model_with_lora_or_merged_is_refused():
             multi_lora.use_loras(model, "a")
 
 
+@pytest.mark.parametrize("change", [{"init_lora_weights": "pissa"}, {"layers_to_transform": [0]}])
+def test_adapters_of_other_kinds_are_refused(change):
+    """One whose start changed the base, or that fits some layers alone, is an Error before anything is frozen."""
+    model, adapters = small()
+    config, state = adapters["a"]
+    with pytest.raises(multi_lora.Error, match=next(iter(change))):
+        multi_lora.add_loras(model.requires_grad_(True), adapters | {"c": (config | change, state)})
+    assert all(p.requires_grad for p in model.parameters())
+
+
 @pytest.mark.parametrize("names", ["c", [], ["a", "c"], ("a", "b")])
 def test_names_that_are_not_there(names):
     """A name that no adapter has is an Error that lists those there are; the names in use stay."""
@@ -502,7 +512,7 @@ def test_a_models_own_head_is_not_overwritten():
 
 
 def test_a_model_that_multiplies_by_the_weight():
-    """Mamba reads dt_proj's weight and never calls the layer: W + ΔW for one adapter, NaN for rows with several."""
+    """Mamba reads dt_proj's weight and never calls the layer: W + ΔW for one adapter, an error for several."""
     torch.manual_seed(0)
     sizes = dict(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=1, time_step_rank=4)
     model = scaled_up(transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)))
@@ -512,7 +522,8 @@ def test_a_model_that_multiplies_by_the_weight():
     assert_close(model(IDS).logits, expected, 1e-6)  # Mamba rounds its logits to fp32
     assert (expected - plain).abs().max() > 1e-3 * plain.abs().max()
     assert torch.equal(multi_lora.use_loras(model, None)(IDS).logits, plain)
-    assert multi_lora.use_loras(model, ["a", None, "a"])(IDS).logits.isnan().all()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        multi_lora.use_loras(model, ["a", None, "a"])(IDS)
 
 
 # ---------------------------------------------------------------------------------------------------------- as one file

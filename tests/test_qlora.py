@@ -435,6 +435,16 @@ def test_merging_into_another_type():
         assert torch.equal(model[0].weight, W.to(dtype or torch.bfloat16))  # summed in fp32, rounded once
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_merged_model_has_one_type(dtype):
+    """Merged into a type, the whole model is of it, norms and embeddings too, and computes."""
+    other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+    model = gpt.GPT(vocab_size=64, n_positions=16, n_embd=64, n_layer=1, n_head=2).to(other)
+    lora.remove_lora(qlora.merge_qlora(qlora.add_qlora(model, r=4), dtype))
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model(torch.zeros(1, 4, dtype=torch.long)).logits.dtype == dtype
+
+
 def replace_the_bias(model, bias):
     model[0].base_layer.bias = nn.Parameter(bias, requires_grad=False)
 

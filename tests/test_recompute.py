@@ -251,6 +251,23 @@ def test_a_state_is_refused():
             recompute.recompute([block], every)
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_an_input_that_was_changed_in_place_is_refused(inside):
+    """Whether the block changes its input or its caller does: from other numbers the gradient would be wrong."""
+
+    class InPlace(Block):
+        def forward(self, x):
+            return super().forward(x.mul_(2) if inside else x)
+
+    block, x = InPlace(), torch.randn(2, 8)
+    recompute.recompute([block])
+    y = block(x)
+    if not inside:
+        x.mul_(2)
+    with pytest.raises(Error, match="changed in place"):
+        y.sum().backward()
+
+
 def peak_and_flops(every, n_layer):
     """(bytes at the fullest moment of forward and backward through the blocks, FLOPs)."""
     torch.manual_seed(0)

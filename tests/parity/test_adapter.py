@@ -359,6 +359,8 @@ def test_modules_to_save_are_named():
     base = classifier("gpt2")
     with pytest.raises(adapter.Error, match="modules_to_save=.'scroe',. must be a list of ends of names of modules"):
         adapter.add_adapter(base, modules_to_save=("scroe",))
+    with pytest.raises(adapter.Error, match="with weights of their own"):  # a tied head: the embedding would be trained
+        adapter.add_adapter(transformers.GPT2LMHeadModel(base.config), modules_to_save=["lm_head"])
     assert all(p.requires_grad for p in base.parameters())
 
 

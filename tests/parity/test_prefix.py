@@ -305,6 +305,21 @@ def test_a_cache_of_the_callers():
             assert_close(more, model(torch.cat((IDS, IDS[:, :3]), 1)).logits[:, -3:], 1e-5)
 
 
+def test_a_conversation_goes_on_with_its_cache():
+    """generate() takes the cache of earlier turns with new ids and the mask of all. All ids again are an Error, as the
+    model would drop some of the new ones; and so are packed rows, whose examples would see one another."""
+    model, cache = wrapped(tiny("llama")), transformers.DynamicCache()
+    first = model.generate(IDS, 3, past_key_values=cache)
+    new = torch.cat((first[:, -1:], IDS[:, :5]), 1)  # the last one is not in the cache yet
+    mask = torch.ones(len(IDS), first.size(1) + 5, dtype=torch.long)
+    right = model.generate(torch.cat((first, IDS[:, :5]), 1), 4)[:, -4:]
+    with pytest.raises(prefix.Error, match="a cache holds the text before"):
+        model.generate(torch.cat((first, IDS[:, :5]), 1), 4, past_key_values=cache)
+    assert torch.equal(model.generate(new, 4, past_key_values=cache, attention_mask=mask)[:, -4:], right)
+    with pytest.raises(prefix.Error, match="packed row"):
+        model(IDS, position_ids=torch.arange(4).repeat(2).expand(len(IDS), -1))
+
+
 # ---------------------------------------------------------------------------------------------------------------- files
 
 FILES = [("llama", 12)] + [pytest.param(name, hidden, marks=thorough) for name in MODELS for hidden in (None, 12)]
