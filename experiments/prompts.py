@@ -11,11 +11,11 @@ SETTINGS = {f"prompt, {n} tokens": f"--method prompt --tokens {n}" for n in (5, 
 SETTINGS |= {f"prompt, from {init}": f"--method prompt --init {init}" for init in ("random", "labels")}
 SETTINGS |= {f"prompt, lr {rate:g}": f"--method prompt --lr {rate:g}" for rate in (0.01, 0.03, 0.3)}
 SETTINGS |= {f"P-tuning, {encoder}": f"--method ptuning --encoder {encoder}" for encoder in ("lstm", "mlp")}
-SETTINGS |= {f"P-tuning, lr {rate:g}": f"--method ptuning --lr {rate:g}" for rate in (1e-3, 1e-2)}
+SETTINGS |= {f"P-tuning, lr {rate:g}": f"--method ptuning --encoder lstm --lr {rate:g}" for rate in (1e-3, 1e-2)}
 SETTINGS |= {f"P-tuning, mlp, lr {rate:g}": f"--method ptuning --encoder mlp --lr {rate:g}" for rate in (1e-2, 3e-2)}
 P = "[P]" * 20
 PLACES = {"behind": "{source}" + P, "around": f"{P[:30]}{{source}}{P[:30]}"}
-SETTINGS |= {f"P-tuning, {place}": f"--method ptuning --template {t}" for place, t in PLACES.items()}
+SETTINGS |= {f"P-tuning, {place}": f"--method ptuning --encoder lstm --template {t}" for place, t in PLACES.items()}
 SETTINGS |= {f"prefix, {n} tokens": f"--method prefix --tokens {n}" for n in (5, 20, 50)}
 
 
