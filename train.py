@@ -92,14 +92,14 @@ def fine_tune(args, precision, ranks):
         known = None
     method = methods.METHODS[args.method]
     counts = methods.count(args.method, base_size, model)
-    checksums = methods.checksums(args, base, train, valid)
+    checksums = methods.checksums(args, base, valid)
     if args.recompute:
         recompute.recompute(blocks, args.recompute)
     if args.compile:
         compile_blocks(blocks)
 
-    # Engine: one process, ZeRO, FSDP, tensor parallelism or a pipeline. backward adds up gradients. step sums them over
-    # ranks, clips them by their norm, and lets AdamW update if the norm is finite. whole gathers what is sharded
+    # Engine: one process, ZeRO, FSDP, tensor parallelism or a pipeline. engine.backward adds up gradients. engine.step
+    # sums them over ranks, clips, and updates if their norm is finite. engine.whole gathers what is sharded
     rebuild = lambda: methods.add(methods.load_base(args.base, encoding, dtype, device), args, encoding, train)  # noqa: E731
     engine = Engine(args, model, blocks, dtype, rebuild)
     method.attach(model, engine.optimizer, args)
@@ -108,8 +108,8 @@ def fine_tune(args, precision, ranks):
     progress = resume(args, state, checksums, engine, ranks)
     trained = f"{counts['trained_parameters']:,} of {counts['total_parameters']:,} parameters"
     ranks.say(f"{trained} are trained, with a learning rate of {args.lr:g} at its peak")
-    # Evaluations on the way take a part of the data: a quarter of the tokens trained on in between, and a tenth of the
-    # time, as a forward pass costs a third of a step
+    # Evaluations on the way take a quarter of the tokens trained on in between: at a third of a step's cost each, a
+    # tenth of the time
     watched = valid.head(max(2048, args.eval_every * per_step * args.length // 4))
     if progress.step == 0:
         with engine.whole() as complete:
@@ -168,7 +168,7 @@ def fine_tune(args, precision, ranks):
                     better = progress.note(evaluate(complete, watched, ranks)[0]) and args.keep == "best"
                     if better and rank == 0:
                         methods.save(complete, encoding, args, out, checksums["base"])
-                        progress.kept = checkpoint.checksum_of(out)
+                        progress.kept = methods.checksum_of_kept(out)
                 meter.lap(progress)
             # 6. Save the state: always with better weights, so that the two fit. Ranks agree on a stop, as a signal may
             # reach one of them earlier
@@ -197,7 +197,7 @@ def fine_tune(args, precision, ranks):
     # Report
     if rank == 0:
         rates = [learning_rate(step, args) for step in range(progress.step)]
-        report.finish(args, precision, progress, counts, after, step_memory, rates, train.chat, timeline)
+        report.finish(args, precision, progress, counts, after, step_memory, rates, valid.asked, timeline)
 
 
 def compile_blocks(blocks):
@@ -232,7 +232,7 @@ def check_finite(progress, state, **values):
     if not all(map(math.isfinite, values.values())):
         found = ", ".join(f"{name} {value}" for name, value in values.items())
         left = f"{state} stays as it was" if state.exists() else "nothing was saved"
-        raise Failure(f"{found} at step {progress.step}: try a smaller --lr; {left}")
+        raise Failure(f"{found} after step {progress.step}: try a smaller --lr; {left}")
 
 
 @torch.no_grad()
@@ -250,10 +250,9 @@ def resume(args, state, checksums, engine, ranks):
     """The progress of the run whose state is there, loaded into the engine; or that of a new one."""
     checkpoint.check_space(state.parent, engine.shapes)
     settings = arguments.settings(args)
-    there = ranks.sum(int(args.resume and os.path.isfile(state)))  # Path.is_file raises for some names
-    if there not in (0, ranks.world):
-        raise Error(f"{state} is there for {there:.0f} of {ranks.world} processes: --out must be on a disk of all")
-    if not there:
+    if ranks.sum(int(os.path.isfile(state.with_name(".lock0")))) < ranks.world:  # rank 0's, from checkpoint.claim
+        raise Error(f"--out {args.out} is another folder on each machine: it must be on a disk of all")
+    if not (args.resume and os.path.isfile(state)):  # Path.is_file raises for some names
         return checkpoint.Progress(settings, checksums, world=ranks.world)
     progress, states = checkpoint.load_state(state, settings, engine.shapes, checksums, args.force)
     engine.load_state_dict(states)

@@ -83,7 +83,7 @@ class TokenStream:
         self.tokens, self.length, self.encoding = torch.tensor(tokens), length, encoding
         self.windows = self.tokens.unfold(0, length, length - 1)  # (n, T), each starts where the last one ended
         self.rest = self.tokens[len(self.windows) * (length - 1) :][None]  # (1, less than T)
-        self.n_truncated, self.chat = 0, False  # no text is lost
+        self.n_truncated = 0  # no text is lost
 
     def sample(self, size, first=None, seed=0):
         """For training: (input_ids, labels), both (size, length), windows at random places, whatever first and seed."""
@@ -92,7 +92,7 @@ class TokenStream:
         return ids, self.labels(ids)
 
     def steps_per_epoch(self, rows):
-        """How many steps of `rows` windows have as many tokens to score as the stream."""
+        """How many steps of `rows` windows score as many tokens as the stream has."""
         return len(self.tokens) / (rows * (self.length - 1))
 
     def batches(self, size):
@@ -103,7 +103,7 @@ class TokenStream:
 
     def head(self, n_tokens):
         """The stream with evenly spread windows of about n_tokens tokens in `batches`; itself if it is not longer."""
-        if len(self.tokens) <= n_tokens:
+        if len(self.windows) * (self.length - 1) + self.rest.numel() <= n_tokens:
             return self
         part, n = copy.copy(self), max(1, n_tokens // (self.length - 1))
         part.windows, part.rest = self.windows[torch.arange(n) * len(self.windows) // n], self.rest[:, :0]
@@ -128,7 +128,6 @@ class CompletionDataset:
     def __init__(self, examples, encoding, length, pack=False):
         self.encoding, self.length, self.pack, self.pad = encoding, length, pack, encoding.eot_token
         self.n_truncated, items = 0, []
-        self.chat = any(isinstance(example, list) for example in examples)  # else prompts are no user's turns
         for turns in tokenize(examples, encoding):
             while turns and not turns[-1][1]:  # what comes after the last answer is not needed
                 turns.pop()

@@ -416,6 +416,7 @@ def test_a_part_of_a_text(length, n_tokens):
     gaps = [b - a for a, b in itertools.pairwise([*numbers, 1500 // (length - 1)])]  # the last one: to the end
     assert min(gaps) > 0 and max(gaps) - min(gaps) <= 2
     assert next(text.batches(9999))[0].shape == text.windows.shape  # the whole is as it was
+    assert len(part.head(2 * n_tokens).windows) == len(part.windows)  # a part's part has no window twice
 
 
 @settings(deadline=None, max_examples=40)
@@ -765,6 +766,31 @@ def test_bad_lines_are_named(tmp_path, line, says):
     with pytest.raises(Error, match=says) as error:
         files.load([str(path)], ENCODING, 32)
     assert "a.jsonl, line 2" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_text_that_is_too_short_for_a_window_is_named(tmp_path):
+    """Which of training and validation has too few tokens is said: of a text, a tenth validates."""
+    path = tmp_path / "a.txt"
+    for n, which in ((40, "validation"), (5, "training")):
+        path.write_text("".join(f"Sentence number {i}. " for i in range(n)))
+        with pytest.raises(Error, match=f"^{which} data: .* tokens, fewer than --length 64"):
+            files.load([str(path)], ENCODING, 64)
+
+
+def test_a_folder_named_like_a_text(tmp_path):
+    """A folder is read for its files alone, whatever a folder in it is called."""
+    (tmp_path / "b.txt").mkdir()
+    (tmp_path / "b.txt" / "c.txt").write_text("text")
+    assert files.read_files([str(tmp_path)]) == ["text"]
+
+
+def test_the_checksum_is_of_the_data_as_they_were_read(tmp_path):
+    """The same file has the same checksum under any tokenizer: a chat template may put the day into its ids."""
+    path, found = tmp_path / "a.jsonl", []
+    for words in ("a", "a", "b"):
+        path.write_text("\n".join(json.dumps({"prompt": f"{words}{i}", "completion": "c"}) for i in range(20)))
+        found.append(files.load([str(path)], ENCODING, 32)[1].checksum)
+    assert found[0] == found[1] != found[2]
 
 
 def test_forms_are_not_mixed(tmp_path):

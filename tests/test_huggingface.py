@@ -27,6 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanopeft import adamw, adapter, gpt, lora, prefix, prompt, ptuning, qlora, zero
+from nanopeft.data import start_token
 from nanopeft.trainer import Error, bases, checkpoint, generation, measure, methods, process
 
 SCRIPT = Path(__file__).parent.parent / "train.py"
@@ -535,6 +536,34 @@ def test_a_template_without_an_end(encodings):
     assert [ours.decode(ids) for ids, scored in ours.chat(talk) if scored] == ["b\n"]
 
 
+def test_a_chat_that_the_assistant_begins(encodings):
+    """Of the first turn there is nothing that it answers: it is not scored, and the later ones are."""
+    ours, _ = encodings("bytes", THOUGHTS)
+    talk = [{"role": "assistant", "content": "hello"}, *TALK[:2]]
+    assert [ours.decode(ids) for ids, scored in ours.chat(talk) if scored] == ["<think></think> hello \n\n  you"]
+
+
+def test_special_tokens_that_the_model_has_no_row_for(tmp_path):
+    """n_vocab counts what text and chats are made of: Gemma 3's token for a picture lies beyond its model's rows."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    theirs = new_tokenizer("bytes", CHAT)
+    n = len(theirs)
+    theirs.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    theirs.save_pretrained(tmp_path)
+    assert len(theirs) == n + 1 and bases.load_tokenizer(tmp_path).n_vocab == n
+
+
+def test_a_model_reads_something_before_it_writes(folder, encodings, monkeypatch, tmp_path, capsys):
+    """Without a start token an empty prompt is end-of-text: in a run's sample, its accuracy, and --generate."""
+    base = tmp_path / "base"
+    bases.save_base(bases.load_base(folder("llama")), encodings("bytes")[0], base)
+    lines = "\n".join(json.dumps({"prompt": "", "completion": f"{i}"}) for i in range(20))
+    (tmp_path / "a.jsonl").write_text(lines)
+    out = f"--out {tmp_path}/o --steps 1 --batch 2 --length 16"
+    run(monkeypatch, f"--base {base} --data {tmp_path}/a.jsonl --accuracy {out}")
+    run(monkeypatch, f"--generate {tmp_path}/o --max-new-tokens 2")
+
+
 def test_chats_that_cannot_be(encodings):
     """Without a template there is no chat; what a template refuses, or shows no answer of, is one line."""
     assert encodings("bytes")[0].chat is None and encodings("bytes")[0].chat_prompt is None
@@ -581,15 +610,17 @@ def test_nothing_of_an_earlier_base_is_left(folder, encodings, tmp_path):
     llama, (encoding, _) = bases.load_base(folder("llama")), encodings("bytes")
     ours, words = bases.load_base("nano"), bases.load_tokenizer("nano")
     llama.save_pretrained(tmp_path, max_shard_size="20kB")
-    (tmp_path / "result.json").write_text("{}")
+    others = ["result.json", "vocab.jsonl", "best.model"]
+    for name in others:
+        (tmp_path / name).write_text("{}")
     assert len(os.listdir(tmp_path)) > 5
     names = bases.save_base(ours, words, tmp_path)
-    assert sorted(os.listdir(tmp_path)) == sorted([*names, "result.json"])
+    assert sorted(os.listdir(tmp_path)) == sorted([*names, *others])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(theirs(IDS).logits, ours(IDS).logits, rtol=1e-5, atol=1e-4)  # fp32, logits up to 20
     assert transformers.AutoTokenizer.from_pretrained(tmp_path)("The cat").input_ids == words.encode_ordinary("The cat")
     names = bases.save_base(llama, encoding, tmp_path)
-    assert sorted(os.listdir(tmp_path)) == sorted([*names, "result.json"])
+    assert sorted(os.listdir(tmp_path)) == sorted([*names, *others])
 
 
 def test_several_chat_templates(folder, encodings, tmp_path):
@@ -673,7 +704,7 @@ def test_train_open_merge_and_ask(folder, monkeypatch, capsys, tmp_path, talks, 
     flags = f"--base {base} --data {talks} --batch 4 --length 28 --lr 0.01 --save-every 3"
     run(monkeypatch, f"{flags} --steps 6 --out {whole}")
     result = json.loads((whole / "result.json").read_text())
-    assert result["loss_after"] < result["loss_before"] and result["chat"]
+    assert result["loss_after"] < result["loss_before"] and result["asked"] == "chat"
     note, seen = checkpoint.Progress.note, []
 
     def interrupt(progress, loss):
@@ -763,7 +794,7 @@ def test_damaged_folders_are_refused_or_load(folder, tmp_path, cases):
         spoil(data.draw, path)
         try:
             model, encoding = methods.load(str(good), torch.float32, torch.device("cpu"))
-            ids = generation.start(encoding) + encoding.encode_ordinary("ab")
+            ids = start_token(encoding) + encoding.encode_ordinary("ab")
             generation.sample(model, encoding, ids, torch.device("cpu"), 0)
             if encoding.chat:
                 encoding.chat(TALK)

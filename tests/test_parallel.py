@@ -259,7 +259,7 @@ def test_ruined_weights_do_not_replace_a_state(runs, tmp_path, how):
     flags = f"--method full --save-every 1 {how}"
     out = runs(tmp_path / "out", 2, f"{flags} --steps 3", ruin=True)
     for code in runs.codes:
-        assert re.fullmatch(r"train.py: loss nan at step 2: [^\n]* stays as it was", code)
+        assert re.fullmatch(r"train.py: loss nan after step 2: [^\n]* stays as it was", code)
     assert runs.ranks.job(1, "step_of", str(out / "state.safetensors")) == [1]
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from nanopeft.trainer import compare
+from nanopeft.trainer import Failure, compare
+from nanopeft.trainer.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 KILL = runpy.run_path(str(ROOT / "tests" / "bench" / "kill.py"))
@@ -200,6 +201,30 @@ def test_ctrl_c_lets_the_run_of_a_comparison_save(monkeypatch, tmp_path, system,
     with pytest.raises(SystemExit) as end:
         compare.compare(args, set())
     assert end.value.code == 1 and calls == ["wait", *["terminate"] * ended, "wait"]
+
+
+def test_a_comparison_goes_on_after_a_method_that_fails(monkeypatch, tmp_path, capsys):
+    """A method that memory does not allow, say, is missing from the table of the others, and named at the end."""
+    result = dict.fromkeys(("known_loss_before", "known_loss_after", "accuracy_after"))
+    result |= dict.fromkeys(("loss_before", "loss_after", "tokens_per_second"), 1.0) | {"losses": [1.0]}
+    counts = ("trained_parameters", "total_parameters", "stored_parameters", "stored_bytes", "peak_memory_bytes")
+    result |= dict.fromkeys(counts, 1)
+
+    def child(command, **options):
+        name = Path(command[-1].removeprefix("--out=")).name
+        out = tmp_path / name
+        out.mkdir()
+        (out / "result.json").write_text(json.dumps(result))
+        codes = {"full": -9, "dora": 1, "qlora": 2}  # killed, failed, and not for this base
+        return argparse.Namespace(wait=lambda: codes.get(name, 0))
+
+    monkeypatch.setattr(compare.subprocess, "Popen", child)
+    monkeypatch.setattr(compare.signal, "signal", lambda *_: None)
+    args = argparse.Namespace(out=str(tmp_path), base="b", data=["reference"], resume=False)
+    with pytest.raises(Failure, match="^full, dora failed"):
+        compare.compare(args, set())
+    assert json.loads((tmp_path / "compare.json").read_text()).keys() == {*METHODS} - {"full", "dora", "qlora"}
+    assert "untouched" in capsys.readouterr().out
 
 
 def test_several_gpus_without_nccl(monkeypatch, capsys):

@@ -291,11 +291,11 @@ def test_out_that_cannot_be_written_to(monkeypatch, files, tmp_path, capsys, way
 
 
 def test_a_disk_without_space(monkeypatch, files, tmp_path, capsys):
-    """A disk with less space than a state takes is refused before the first evaluation, with both sizes."""
+    """A disk without the space for two states, an old and a new one, is refused before the first evaluation."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 100_000))
     monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("it was evaluated"))
     assert train(monkeypatch, files, tmp_path / "o", "--method full") == 2
-    assert "0.1 MB free, and a state takes 0.4 MB" in last_line(capsys) and not (tmp_path / "o").exists()
+    assert "0.1 MB free, and states take 0.9 MB" in last_line(capsys) and not (tmp_path / "o").exists()
 
 
 READERS = [("--help", "stdout"), ("--generate {files}/base", "both"), ("--steps 2", "stdout"), ("--steps 2", "both")]
@@ -321,7 +321,7 @@ def test_a_reader_that_goes(files, tmp_path, flags, streams):
 
 
 def sample(model, encoding, text):
-    ids = generation.start(encoding) + encoding.encode_ordinary(text)
+    ids = data.start_token(encoding) + encoding.encode_ordinary(text)
     return generation.sample(model, encoding, ids, CPU, 0)
 
 
@@ -1043,7 +1043,7 @@ def test_a_bad_loss_stops_the_run(monkeypatch, files, tmp_path, capsys, bad, fla
     monkeypatch.setattr(adamw.AdamW, "step", ruin)
     assert train(monkeypatch, files, tmp_path / "o", flags) == 1
     line = last_line(capsys)
-    assert "at step 4" in line and "--lr" in line and len(calls) == 4
+    assert "after step 4" in line and "--lr" in line and len(calls) == 4
     assert KILL["state_step"](tmp_path / "o") == saved
     assert ("stays as it was" if saved else "nothing was saved") in line
 

@@ -165,7 +165,7 @@ def test_a_closed_terminal_saves(monkeypatch, files, tmp_path, capsys):
 def test_an_epoch_has_every_example_once(monkeypatch, files, tmp_path, flags, n):
     """In --epochs N each training example is drawn N times, but for those that fill the last step."""
     drawn, datasets, collate = Counter(), [], data.CompletionDataset.collate
-    monkeypatch.setattr(methods, "checksums", lambda args, base, train, valid: datasets.append(train) or {"base": "x"})
+    monkeypatch.setattr(methods, "remarks", lambda train, *_: datasets.append(train) or [])
 
     def spy(self, rows):
         if datasets and self is datasets[0]:
@@ -185,12 +185,15 @@ def test_an_epoch_has_every_example_once(monkeypatch, files, tmp_path, flags, n)
 
 
 KINDS = ["lora --ranks mlp.*=3,attn.*=5", "qlora", "adapter --reduction 4", "prefix --hidden 8", "prompt", "ptuning"]
-KINDS += ["lora --init pissa", "dora", "adalora", "ia3", "bitfit"]
+KINDS += ["lora --init pissa", "dora", "adalora", "ia3", "bitfit", "fusion --adapters TRAINED"]
 
 
 @pytest.mark.parametrize("method", KINDS)
 def test_more_training_of_what_was_trained(monkeypatch, files, tmp_path, method):
     """--from starts where an earlier run ended, with its method and settings, on other data, and learns on."""
+    if "TRAINED" in method:
+        train(monkeypatch, files, tmp_path / "one", "--method adapter")
+        method = method.replace("TRAINED", str(tmp_path / "one"))
     first = train(monkeypatch, files, tmp_path / "a", f"--method {method}")
     same = train(monkeypatch, files, tmp_path / "b", f"--from {tmp_path}/a", steps="--steps 0")
     assert same["loss_before"] == pytest.approx(first["loss_after"], rel=1e-5)
@@ -232,7 +235,7 @@ def test_a_merged_model_opens_in_transformers(monkeypatch, files, tmp_path, meth
 
 REFUSED = [
     ("--merge {files}/one --out {tmp}/m", "adapter cannot be merged: its layers are not linear"),
-    ("--merge {files}/base --out {tmp}/m", "no adapter_config.json there"),
+    ("--merge {files}/base --out {tmp}/m", "no file adapter_config.json"),
     ("--merge {files}/one", "--merge needs --out"),
     ("--merge {files}/one --out {tmp}/m --steps 3", "--merge does not train: leave out --steps"),
     ("--from {files}/base", "to go on from a whole model give it as --base"),
@@ -241,6 +244,12 @@ REFUSED = [
     ("--from {files}/one --method full", "had adapter"),
     ("--from {files}/one --method lora", "had adapter"),
     ("--from {files}/one --out {files}/one", "give another --out"),
+    ("--merge {files}/one --out {files}/one", "give another --out"),
+    ("--merge {files}/one --out {files}/base", "its base {files}/base is where this run would write"),
+    ("--out nano", "also the name of a base"),
+    ("--method full --base scratch --out ./scratch", "also the name of a base"),
+    ("--method fusion --adapters {files}/one --zero 3", "use --zero 2"),
+    ("--prompt -", "belongs to --generate"),
     ("--steps 3 --epochs 1", "give one of them"),
     ("--steps 3 --out=", "--out is empty"),
     ("--top-k 3", "--top-k belongs to --generate"),
@@ -260,7 +269,7 @@ def test_wrong_use_is_one_line(monkeypatch, files, tmp_path, capsys, flags, says
     flags = flags.format(files=files, tmp=tmp_path)
     assert call(monkeypatch, flags) == 2
     error = capsys.readouterr().err.strip()
-    assert says in error.splitlines()[-1] and "Traceback" not in error
+    assert says.format(files=files) in error.splitlines()[-1] and "Traceback" not in error
     assert not [*tmp_path.iterdir()]
 
 
@@ -312,15 +321,21 @@ def test_prompts_from_elsewhere(monkeypatch, files, tmp_path, capsys):
     assert [text[:3] for text in capsys.readouterr().out.split("\n---\n")] == ["One", "Two"]
 
 
-def test_a_question_is_asked_as_in_training(monkeypatch, files, tmp_path, capsys):
-    """After training on messages, --generate puts the prompt into the template, and --raw does not."""
-    answer = {"role": "assistant", "content": "yes"}
-    lines = [{"messages": [{"role": "user", "content": f"{i}?"}, answer]} for i in range(40)]
-    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    flags = f"--data {tmp_path}/chat.jsonl --length 48 --method full"
-    result = train(monkeypatch, files, tmp_path / "o", flags, "--steps 60")
-    assert result["chat"] and result["loss_after"] < 1
-    capsys.readouterr()
+@pytest.mark.parametrize(
+    "asked, line",
+    [
+        ("chat", '{"messages": [{"role": "user", "content": "%d?"}, {"role": "assistant", "content": "yes"}]}'),
+        ("alpaca", '{"instruction": "%d?", "input": "", "output": " yes"}'),
+    ],
+)
+def test_a_question_is_asked_as_in_training(monkeypatch, files, tmp_path, capsys, asked, line):
+    """--generate, and a run's samples, put the prompt into the template of the data. --raw does not."""
+    (tmp_path / "x.jsonl").write_text("\n".join(line % i for i in range(40)))
+    flags = f"--base nano --data {tmp_path}/x.jsonl --length 96 --remember {files}/a.txt --prompt 7?"
+    result = train(monkeypatch, files, tmp_path / "o", flags, "--steps 30")
+    assert result["asked"] == asked and result["loss_after"] < 1
+    sample = capsys.readouterr().out.split("sample after")[1].split("\nparameters")[0]
+    assert "7?" in sample and {"chat": "Assistant: yes", "alpaca": "### Response: yes"}[asked] in sample
     call(monkeypatch, f"--generate {tmp_path}/o --prompt 7? --temperature 0")
     assert capsys.readouterr().out == " yes\n"
     call(monkeypatch, f"--generate {tmp_path}/o --prompt 7? --temperature 0 --raw")

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -556,6 +557,19 @@ def torchrun(files, out, flags, script=SCRIPT):
     quick = f"--base {files}/base --data {files}/a.txt --steps 6 --batch 4 --length 32 --out {out} {flags}"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
     return subprocess.run([*command, *quick.split()], capture_output=True, text=True, timeout=90, env=environment)
+
+
+FOLDED = ["ptuning --zero 1", "prefix --hidden 4 --zero 3", "ptuning --encoder lstm --fsdp"]
+
+
+@pytest.mark.parametrize("flags", telling(FOLDED, FOLDED[:1]))
+def test_ranks_fold_what_they_have_trained(monkeypatch, files, tmp_path, flags):
+    """An encoder that is folded away at the end is so on several ranks too, with one process's numbers."""
+    done = torchrun(files, tmp_path / "two", f"--method {flags}")
+    assert done.returncode == 0, done.stderr
+    train(monkeypatch, files, tmp_path / "one", "--method " + re.sub(" --(zero .|fsdp)", "", flags))
+    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=0, atol=2e-5)  # as above
 
 
 STOP_AT_THIRD = f"""

@@ -837,7 +837,9 @@ def long_norm_of(kind, n):
         own = engine.FSDP(model, [], torch.float32, args, None, lr=0.01, betas=(0.9, 0.999))
     own.backward(model(grad) / dist.get_world_size())
     norm = own.step(1.0, 1.0)
-    m = own.state_dict()["weight"]["m"].flatten()  # 0.1 · clipped gradient
+    found = [own.state_dict()]
+    dist.broadcast_object_list(found) if dist.is_initialized() else None  # it is on rank 0
+    m = found[0]["weight"]["m"].flatten()  # 0.1 · clipped gradient
     return norm, sum(x.double().square().sum() for x in grad.split(1 << 20)).sqrt().item(), grad, m
 
 

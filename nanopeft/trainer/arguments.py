@@ -41,7 +41,7 @@ def parse(description):
     args.out = args.out or f"out/{args.method}"
     defaults = METHODS[args.method].defaults | {"lr": None} if args.method != "all" else {}  # lr depends on the base
     vars(args).update(defaults | {name: x for name, x in vars(args).items() if x is not None})
-    if args.generate is None and args.merge is None:
+    if args.generate is None:
         check_out(args)
     return args, given
 
@@ -60,10 +60,9 @@ def go_on_from(args, given):
 
 
 def settings(args):
-    """{flag: value} of all that changes what a run computes: a state goes on with the same ones alone."""
-    no_result = {"out", "resume", "force", "save_every", "recompute", "zero", "offload", "fsdp", "debug"}
-    no_result |= {*MODES, *MODES["generate"]} - {"prompt", "seed"}
-    no_result |= {"tensor", "pipeline", "schedule"}
+    """{flag: value} of what --resume needs to be as it was."""
+    no_result = {"out", "resume", "force", "save_every", "recompute", "zero", "offload", "fsdp", "tensor", "pipeline",
+                 "schedule", "debug", *MODES, *MODES["generate"]} - {"prompt", "seed"}  # fmt: skip
     return {name: value for name, value in vars(args).items() if name not in no_result}
 
 
@@ -157,7 +156,7 @@ def add_flags(parser):
     as_typed = r"what samples go on from; -: standard input. \n stays as typed: in bash a new line is $'one\ntwo'"
     add("--prompt", help=as_typed)
     add("--prompts", metavar="FILE", help="a prompt on each line")
-    add("--raw", action="store_true", help="no chat template around the prompt")
+    add("--raw", action="store_true", help="the prompt alone, without the template of the data")
     add("--temperature", type=float, default=0.8, help="0: the likeliest token; 1: as the model has it (0.8)")
     add("--top-k", type=int, default=20, metavar="K", help="draw from the K likeliest tokens (20)")
     add("--max-new-tokens", type=int, default=80, metavar="N", help="most tokens of a text (80)")
@@ -203,6 +202,10 @@ def check_method(args, given):
         raise Error("--base scratch has learned nothing that could be kept frozen: use --method full")
     if args.method == "adalora" and (args.fsdp or args.zero is not None):
         raise Error("--method adalora scores whole gradients, which --zero and --fsdp divide: leave them out")
+    if args.method == "fusion" and (args.fsdp or args.zero == 3):
+        raise Error("--method fusion has a penalty on whole matrices, which --zero 3 and --fsdp divide: use --zero 2")
+    if args.prompt == "-" and args.generate is None:
+        raise Error("--prompt -, standard input, belongs to --generate")
     if args.pack and args.method in ("prefix", "prompt", "ptuning", "all"):
         raise Error("--pack joins examples into a row, and prefix, prompt, ptuning have their vectors once in a row")
     if args.pack and args.pipeline:
@@ -231,13 +234,20 @@ def check_method(args, given):
 
 def check_out(args):
     """What a run reads must not be what it writes: --resume and other methods would read something else."""
+    names = ["nano", "scratch", *bases.HUB, *[args.base] * (not os.path.isdir(args.base))]
+    if (name := os.path.normpath(args.out)) in names:
+        raise Error(f"--out {name} is also the name of a base, which would be read in its place: give another")
+    if args.steps == 0 and not args.resume and os.path.exists(Path(args.out, "state.safetensors")):
+        raise Error(f"--steps 0 trains nothing, and would replace the results in {args.out}: give another --out")
     outs = [Path(args.out)] if args.method != "all" else [Path(args.out, name) for name in (*METHODS, "scratch")]
-    reads = [("--adapters", folder) for folder in getattr(args, "adapters", None) or []]
+    reads = [("--adapters", folder) for folder in args.adapters or []]
     reads.append(("--base", args.base if os.path.isdir(args.base) else bases.find_checkpoint("nano")))
     reads += [("--from", args.start)] * (args.start is not None)
+    if args.merge is not None:
+        reads += [("--merge", args.merge), ("its base", Adapter(args.merge).base)]
     reads += [("--data", path) for path in args.data if path.endswith(".txt")]
     for flag, name in reads:
-        for path in (*outs, *(out / "merges.txt" for out in outs)):  # full leaves a tokenizer
+        for path in (out / file for out in outs for file in ("", "merges.txt", "vocab.txt")):  # a tokenizer's
             if os.path.exists(path) and os.path.exists(name) and os.path.samefile(path, name):
                 raise Error(f"{flag} {name} is where this run would write its results: give another --out")
 
@@ -261,7 +271,9 @@ def check_ranks(args):
         if getattr(args, name) != world:
             raise Error(f"--{name} {getattr(args, name)} with {world} processes: give torchrun as many")
         if args.method not in methods:
-            raise Error(f"--{name} is for --method {', '.join(methods)}: for {args.method} use --zero or --fsdp")
+            others = {"qlora": "--zero", "adalora": "one process", "all": "one process"}
+            use = others.get(args.method, "--zero or --fsdp")
+            raise Error(f"--{name} is for --method {', '.join(methods)}: for {args.method} use {use}")
     if args.schedule and not args.pipeline:
         raise Error("--schedule belongs to --pipeline")
     if args.zero not in (None, 0, 1, 2, 3) or (args.fsdp and args.zero is not None):
@@ -281,7 +293,7 @@ def check_ranks(args):
 
 
 def check_device(args):
-    """One product: is there such a device, and does it have this type? And a compiler, if one is needed."""
+    """Tries one product on the device, in this type; looks for a compiler if one is needed."""
     compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
     if args.compile and args.device == "cpu" and not shutil.which(compiler):
         raise Error(f"--compile needs a C++ compiler, and {compiler} is not there: set CXX to one, or leave it out")

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from nanopeft import gpt
 from nanopeft.trainer import Error, huggingface, tokenizer
-from nanopeft.trainer.checkpoint import bits, read_json, write
+from nanopeft.trainer.checkpoint import bits, checksum_of, read_json, write
 
 HUB = {
     "gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-medium",
@@ -32,8 +32,10 @@ HUB = {
     "distilgpt2": "distilbert/distilgpt2",
 }  # fmt: skip
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
-             "chat_template.jinja")  # fmt: skip
+TOKENIZER = (  # names, not patterns: what a new base replaces is deleted, and may stand beside a user's files
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ any base
@@ -48,15 +50,10 @@ def load_base(name, dtype=torch.float32):
         where = f"{folder} has no {WEIGHTS[0]}, and weights in other formats may run code when they are opened"
         raise Error(f"{where}: open it in transformers, and save_pretrained writes one")
     with huggingface.damaged(f"the model of {folder} does not work"):
-        model, total = huggingface.load(folder, dtype), 0
+        model = huggingface.load(folder, dtype)
         if leaks(model, slice(4, 8), slice(0, 4)):
             raise Error(f"{folder} is no causal LM: a token's logits depend on later tokens")
-    for path in find_files(folder, ("config.json", *WEIGHTS, *TOKENIZER)):
-        total = zlib.crc32(path.name.encode(), total)
-        with open(path, "rb") as file:
-            while part := file.read(1 << 24):
-                total = zlib.crc32(part, total)
-    model.checksum = f"{total:08x}"
+    model.checksum = checksum_of(find_files(folder, ("config.json", *WEIGHTS, *TOKENIZER)))
     return model
 
 
@@ -143,7 +140,7 @@ def leaks(model, changed, seen, **options):
     other = ids.clone()
     other[:, changed] = ids.flip(1)[:, changed]
     a, b = (model(input_ids=x, use_cache=False, **options).logits[:, seen].float() for x in (ids, other))
-    # Not 0 but rounding: a mixture of experts multiplies other numbers of rows
+    # Up to rounding: a mixture of experts groups rows differently
     return ((a - b).abs().max() > 8 * torch.finfo(model.get_input_embeddings().weight.dtype).eps * a.abs().max()).item()
 
 
@@ -240,13 +237,17 @@ def find_checkpoint(name_or_dir):
             from huggingface_hub import snapshot_download
             from huggingface_hub.errors import HTTPError  # of its HTTP client, whichever that is
 
-            return Path(snapshot_download(on_hub, allow_patterns=files))
+            name_or_dir = snapshot_download(on_hub, allow_patterns=files)
         except ImportError:
-            where = "is on the Hugging Face hub: pip install \"nanopeft[hub]\""
+            failed = "would come from the Hugging Face hub: pip install \"nanopeft[hub]\""
         except (OSError, ValueError, HTTPError) as error:
-            where = f"cannot be fetched from the Hugging Face hub ({type(error).__name__}): go online"
-        here = "" if name_or_dir in HUB else "is no folder here, and "
-        raise Error(f"{name_or_dir} {here}{where}, or give a folder that holds {', '.join(files)}")
+            why = "check the name, go online, or log in with `hf auth login` if its owner wants that"
+            failed = f"cannot be fetched from the Hugging Face hub ({type(error).__name__}): {why}"
+        else:
+            failed = None
+        if failed:
+            here = "" if name_or_dir in HUB else "is no folder here, and "
+            raise Error(f"{name_or_dir} {here}{failed}, or give a folder that holds {', '.join(files)}")
     folder = Path(name_or_dir)
     if not os.path.isfile(folder / "config.json"):  # Path.is_file raises if the name is too long
         if os.path.isfile(folder / "adapter_config.json"):

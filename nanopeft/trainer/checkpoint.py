@@ -40,7 +40,7 @@ def write(path, content):
     try:
         new.write_bytes(content) if isinstance(content, bytes) else content(new)
         os.replace(new, path)
-    except (OSError, SafetensorError) as error:  # the disk is full, say
+    except (OSError, SafetensorError, Failure) as error:  # the disk is full, say
         new.unlink(missing_ok=True)
         raise Failure(f"{path} cannot be written, and stays as it was: {error}; --resume then goes on") from None
 
@@ -67,18 +67,27 @@ def claim(folder, rank=0):
 
 
 def check_space(folder, shapes):
-    """Error if the disk has no space for a run's state: master copy, m and v in fp32."""
+    """Error if the disk has no space for a run's state, master copy, m and v in fp32, and for the next beside it."""
     size = 12 * sum(math.prod(shape) for shape in shapes.values())
+    size *= 1 if (folder / "state.safetensors").exists() else 2
     if (free := shutil.disk_usage(folder).free) < size:
-        raise Error(f"--out {folder} has {free / 1e6:,.1f} MB free, and a state takes {size / 1e6:,.1f} MB")
+        raise Error(f"--out {folder} has {free / 1e6:,.1f} MB free, and states take {size / 1e6:,.1f} MB")
 
 
 def save_adapter(folder, state, config, base_checksum):
     """base_checksum goes into the tensors' file: peft passes over its metadata, and warns of keys in a config."""
     state = {key: p.cpu().contiguous() for key, p in state.items()}
     metadata = {"base_checksum": base_checksum}  # one key: safetensors writes several in any order
-    write(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
-    write(folder / "adapter_model.safetensors", lambda path: save_file(state, path, metadata=metadata))
+    path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config = json.dumps(config, indent=2).encode()
+
+    def write_both(new):
+        save_file(state, new, metadata=metadata)
+        if not path.exists() or path.read_bytes() != config:
+            weights.unlink(missing_ok=True)  # a kill must not leave an earlier run's beside this config
+            write(path, config)
+
+    write(weights, write_both)
 
 
 def read_adapter(folder):
@@ -159,10 +168,11 @@ def checksum(tensors, text):
     return f"{total:08x}"
 
 
-def checksum_of(folder):
-    """Of the files with weights in a folder, an adapter's or a whole model's."""
+def checksum_of(paths):
+    """Of files, with their names."""
     total = 0
-    for path in sorted(folder.glob("*model*.safetensors")):
+    for path in paths:
+        total = zlib.crc32(path.name.encode(), total)
         with open(path, "rb") as file:
             while part := file.read(1 << 24):
                 total = zlib.crc32(part, total)

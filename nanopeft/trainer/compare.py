@@ -24,7 +24,7 @@ def compare(args, given):
     runs[f"adapter-{other}"] = {"method": "adapter", "data": [other], "valid": None, "accuracy": False}
     runs["fusion"] = {"method": "fusion", "adapters": [f"{out}/adapter", f"{out}/adapter-{other}"]}
 
-    results = {}
+    results, failed = {}, []
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to pass it on
     with checkpoint.claim(out):
         for name, flags in runs.items():
@@ -37,19 +37,21 @@ def compare(args, given):
                 if sys.platform != "win32":  # there Ctrl-C has reached it as well, and this would not let it save
                     child.terminate()  # it saves its state and ends
                 sys.exit(child.wait() or 1)  # 0: it was at its last step
-            if code < 0:  # the system's, if memory ran out
-                raise Failure(f"{name} was ended by signal {-code}; the same command with --resume goes on")
-            if code == 2 and results:  # this base cannot have the method, as its line says
-                continue
-            if code:
+            if code == 2 and not results:  # the flags are wrong
                 sys.exit(code)
+            if code not in (0, 2):  # memory ran out, say. 2: this base cannot have the method, as its line says
+                failed.append(name)
+            if code:
+                continue
             results[name] = json.loads((out / name / "result.json").read_text("utf-8"))
     results.pop(f"adapter-{other}", None)
 
-    known = results["full"]["known_loss_before"]
+    if not results:
+        raise Failure(f"none of {', '.join(failed)} came to its end")
+    base = next(iter(results.values()))
     for r in results.values():  # counted from the untouched base: an untrained fusion, say, is another model already
-        r["forgotten"] = None if r["known_loss_after"] is None else r["known_loss_after"] - known
-    quantity = "loss" if results["full"]["accuracy_after"] is None else "accuracy"
+        r["forgotten"] = None if r["known_loss_after"] is None else r["known_loss_after"] - base["known_loss_before"]
+    quantity = "loss" if base["accuracy_after"] is None else "accuracy"
     checkpoint.write(out / "compare.json", json.dumps(results, indent=2).encode())
     drawn, task = {"compare.png": pictures.plot_comparison}, pictures.drawable(", ".join(args.data))
     if any(r["forgotten"] is not None for r in results.values()):
@@ -57,6 +59,8 @@ def compare(args, given):
     for name, draw in drawn.items():
         checkpoint.write(out / name, lambda path: draw(path, results, quantity, task))  # noqa: B023 (called at once)
     print(f"\n{table(results, quantity)}\n\n{', '.join(f'{out}/{name}' for name in ('compare.json', *drawn))}")
+    if failed:
+        raise Failure(f"{', '.join(failed)} failed, and are missing: the same command with --resume tries them again")
 
 
 def as_flags(settings):
@@ -73,7 +77,7 @@ def as_flags(settings):
 
 def table(results, quantity):
     show = "{:.3f}" if quantity == "loss" else "{:.1%}"
-    untouched = show.format(results["full"][f"{quantity}_before"])
+    untouched = show.format(next(iter(results.values()))[f"{quantity}_before"])
     rows = [["method", "trained", "share", "stored", "on disk", f"{quantity} before", "after", "forgets",
              "tokens/s", "memory"]]  # fmt: skip
     rows.append(["untouched", "0", "0 %", "0", "0", untouched, untouched, "", "", ""])

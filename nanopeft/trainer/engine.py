@@ -216,8 +216,10 @@ class FSDP:
     def state_dict(self):
         states, names = {}, {"master": "master", "exp_avg": "m", "exp_avg_sq": "v"}
         for name, p in self.params.items():
-            kept = {"master": p.detach(), **self.optimizer.state[p]}
-            states[name] = {names[key]: t.full_tensor().cpu() for key, t in kept.items() if key in names}
+            for key, t in {"master": p.detach(), **self.optimizer.state[p]}.items():
+                x = t.full_tensor() if key in names else None
+                if x is not None and dist.get_rank() == 0:
+                    states.setdefault(name, {})[names[key]] = x.cpu()
         return states
 
     @torch.no_grad()

@@ -28,12 +28,17 @@ def mean_loss(model, batch, device):
     return model(ids, labels=labels, **({"position_ids": positions[0]} if positions else {})).loss
 
 
+def rows_at_a_time(examples):
+    """32, or of long rows so many as 16,384 tokens: a model that is trained on one row at a time must hold them."""
+    return max(1, min(32, (1 << 14) // examples.length))
+
+
 @torch.no_grad()
 def evaluate(model, examples, ranks):
     """(nats per token, bits per byte) over all of the validation data, of which each rank takes a share."""
     model.eval()
     nats, tokens = 0.0, 0
-    batches = list(examples.batches(32))[ranks.rank :: ranks.world]
+    batches = list(examples.batches(rows_at_a_time(examples)))[ranks.rank :: ranks.world]
     for batch in tqdm(batches, desc="validation", leave=False, delay=1, disable=ranks.rank > 0):
         n = count_labels(batch[1])
         nats += mean_loss(model, batch, ranks.device).item() * n
@@ -58,12 +63,13 @@ def accuracy(model, examples, ranks):
     model.eval()
     right = 0
     batches = []
-    for items in examples.length_buckets(32):
+    for items in examples.length_buckets(rows_at_a_time(examples)):
         prompts, completions, *_ = zip(*items)
         fits = max(map(len, prompts)) + max(map(len, completions)) <= free_positions(model)
         batches += [items] if fits else [[item] for item in items]  # alone each does
     for items in tqdm(batches[ranks.rank :: ranks.world], desc="accuracy", leave=False, disable=ranks.rank > 0):
         prompts, completions, *_ = zip(*items)
+        prompts = [p or [examples.pad] for p in prompts]  # a model reads something before it writes
         longest, n = max(map(len, prompts)), max(map(len, completions))
         ids = torch.tensor([[examples.pad] * (longest - len(p)) + p for p in prompts], device=ranks.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=ranks.device)

@@ -31,6 +31,7 @@ from nanopeft.trainer import Error, tasks
 from nanopeft.trainer.tasks import TASKS
 
 KNOWN_TOKENS = 1 << 14
+ALPACA = "Below is an instruction that describes a task"
 BLANKS = re.compile(r"(?<!\s)\s{100000}")  # over a million of them tiktoken panics, which no except should catch
 ENDS = (r"\n\s*\n", r"\n", r"[.!?][\"')”]*\s+|[。！？]+[”』」]*")  # of a paragraph, a line, a sentence
 
@@ -39,7 +40,8 @@ def load(names, encoding, length, *, valid=None, pack=False):
     """(training, validation), each a data.TokenStream or a data.CompletionDataset.
 
     names: a task, a path, or a list of paths. valid: paths of what to validate on; without, about a tenth is held out.
-    n_leaked of the second: how many of its examples or paragraphs were left out, because they are in training too.
+    The second knows n_leaked, how many of its examples or paragraphs were left out, because they are in training too;
+    asked, see how_asked; and a checksum of the data as they were read.
     """
     names, valid = ([name] if isinstance(name, str) else name for name in (names, valid))
     if len(names) == 1 and names[0] in TASKS:
@@ -60,9 +62,15 @@ def load(names, encoding, length, *, valid=None, pack=False):
     if pack and isinstance(held_out[0], str):
         raise Error("--pack is for examples, and this is plain text, whose rows are full anyway: leave it out")
     kind = data.TokenStream if isinstance(held_out[0], str) else partial(data.CompletionDataset, pack=pack)
-    train, held_out = (kind(split, encoding, length) for split in (train, held_out))
-    held_out.n_leaked = n_leaked
-    return train, held_out
+    asked, checksum = how_asked(train), f"{zlib.crc32(repr((train, held_out)).encode()):08x}"
+    found = []
+    for which, split in (("training", train), ("validation", held_out)):
+        try:
+            found.append(kind(split, encoding, length))
+        except data.Error as error:
+            raise Error(f"{which} data: {error}") from None
+    found[1].n_leaked, found[1].asked, found[1].checksum = n_leaked, asked, checksum
+    return found
 
 
 def load_known(names, encoding, length):
@@ -85,7 +93,7 @@ def read_files(names):
         elif name.endswith(".txt"):
             found.append(read(name))
         elif os.path.isdir(name):
-            paths = sorted(Path(name).rglob("*.txt"))
+            paths = sorted(path for path in Path(name).rglob("*.txt") if path.is_file())
             if not paths:
                 raise Error(f"{name} has no .txt file in it, which a folder is read for: name .jsonl files one by one")
             found += [read(path) for path in paths]
@@ -174,9 +182,16 @@ def read_example(line, where):
 def alpaca(instruction, given):
     """The prompt of https://github.com/tatsu-lab/stanford_alpaca (train.py), with an input and without."""
     context = ", paired with an input that provides further context" if given else ""
-    task = f"an instruction that describes a task{context}. Write a response that appropriately completes the request."
+    task = f"{ALPACA}{context}. Write a response that appropriately completes the request."
     given = f"### Input:\n{given}\n\n" if given else ""
-    return f"Below is {task}\n\n### Instruction:\n{instruction}\n\n{given}### Response:"
+    return f"{task}\n\n### Instruction:\n{instruction}\n\n{given}### Response:"
+
+
+def how_asked(examples):
+    """How the data put a question: "chat" as a user's turn, "alpaca" in that template, "text" as it is."""
+    if any(isinstance(example, list) for example in examples):
+        return "chat"
+    return "alpaca" if all(isinstance(e, tuple) and e[0].startswith(ALPACA) for e in examples) else "text"
 
 
 def texts_of(example):

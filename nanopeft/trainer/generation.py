@@ -15,16 +15,22 @@ from nanopeft.trainer.methods import apply_template, free_positions
 def opening(args, encoding, valid):
     """The token ids that a run's samples go on from: of --prompt, or the start of the validation data."""
     if args.prompt is not None:
-        return start(encoding) + encoding.encode_ordinary(args.prompt)
+        return ask(args.prompt, valid.asked, encoding)
     if isinstance(valid, data.TokenStream):
         return valid.tokens[:17].tolist()
     return valid.items[0][0]
 
 
-def start(encoding):
-    """What stands before a text: the tokenizer's start token, end-of-text where it has no other, or nothing."""
-    token = getattr(encoding, "bos_token", encoding.eot_token)
-    return [] if token is None else [token]
+def ask(prompt, asked, encoding):
+    """The ids of a prompt as the data put one (files.how_asked), up to where its answer begins."""
+    if asked == "chat":
+        message = {"role": "user", "content": prompt}
+        if getattr(encoding, "chat", None) is not None:
+            return encoding.chat_prompt([message])
+        (prompt, _), _ = data.plain_chat([message, {"role": "assistant", "content": ""}])
+    elif asked == "alpaca":
+        prompt = files.alpaca(prompt, "")
+    return data.start_token(encoding) + encoding.encode_ordinary(prompt)
 
 
 def sample(model, encoding, ids, device, seed):
@@ -36,6 +42,7 @@ def sample(model, encoding, ids, device, seed):
 
 def go_on(model, encoding, ids, device, max_new_tokens, temperature, top_k, stream=None):
     """The ids that the model goes on with, without the token that ends them."""
+    ids = ids or [encoding.eot_token]  # a model reads something before it writes
     if (left := free_positions(model) - len(ids)) < 1:
         raise Error(f"--prompt has {len(ids)} tokens; {free_positions(model) - 1} are the most")
     if left < max_new_tokens:
@@ -54,7 +61,7 @@ def ends_of(encoding):
 
 def text(encoding, ids):
     """Whole characters: one that was cut at the end, or the start, is left out. Virtual tokens are no text."""
-    words = [i for i in ids if 0 <= i < encoding.n_vocab and i not in (encoding.eot_token, *start(encoding))]
+    words = [i for i in ids if 0 <= i < encoding.n_vocab and i not in (encoding.eot_token, *data.start_token(encoding))]
     return encoding.decode(words).strip("\ufffd")
 
 
@@ -63,22 +70,21 @@ def text(encoding, ids):
 
 def answer(model, encoding, args, device):
     """Prints a text for each prompt and sample, token by token."""
-    prompts, chat = read_prompts(args), is_chat(args, encoding)
+    prompts, asked = read_prompts(args), how_asked(args, encoding)
     torch.manual_seed(args.seed)
     for number in range(len(prompts) * args.samples):
         prompt = prompts[number // args.samples]
         if number:
             print("\n---")
-        ids = user_turn(prompt, encoding) if chat else start(encoding) + encoding.encode_ordinary(prompt)
-        ids = ids if chat else apply_template(model, ids, encoding)
-        printer = Printer(encoding, [] if chat else ids)
+        ids = apply_template(model, ask(prompt, asked, encoding), encoding)
+        printer = Printer(encoding, ids if asked == "text" else [])
         go_on(model, encoding, ids, device, args.max_new_tokens, args.temperature, args.top_k, printer.take)
         printer.end()
 
 
 def read_prompts(args):
     if args.prompts is not None:
-        return [line for line in files.read(args.prompts).splitlines() if line.strip()]
+        return [line for line in files.read(args.prompts).split("\n") if line.strip()]
     if args.prompt != "-":
         return [args.prompt or ""]
     try:
@@ -87,20 +93,12 @@ def read_prompts(args):
         raise Error(f"--prompt -: what comes in is no text: {error}") from None
 
 
-def user_turn(prompt, encoding):
-    """The ids of a prompt as a user says it, up to where the answer begins."""
-    message = {"role": "user", "content": prompt}
-    if getattr(encoding, "chat", None) is not None:
-        return encoding.chat_prompt([message])
-    (text, _), _ = data.plain_chat([message, {"role": "assistant", "content": ""}])
-    return start(encoding) + encoding.encode_ordinary(text)
-
-
-def is_chat(args, encoding):
-    """Whether a prompt is a user's turn: as in the run's data, or else if the tokenizer has a chat template."""
+def how_asked(args, encoding):
+    """How a prompt is put: as in the run's data, or else as a user's turn if the tokenizer has a chat template."""
     result = Path(args.generate, "result.json")
-    trained_on = checkpoint.read_json(result).get("chat") if os.path.isfile(result) else None
-    return not args.raw and (getattr(encoding, "chat", None) is not None if trained_on is None else trained_on)
+    trained_on = checkpoint.read_json(result).get("asked") if os.path.isfile(result) else None
+    has_template = getattr(encoding, "chat", None) is not None
+    return "text" if args.raw else trained_on or ("chat" if has_template else "text")
 
 
 class Printer:

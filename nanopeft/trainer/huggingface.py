@@ -197,19 +197,22 @@ class Tokenizer:
             raise Error(f"{folder} has no tokenizer that knows the letter a and an eos_token, which ends a text")
         start = self.inner("a").input_ids[:1]
         self.bos_token = None if start == first else start[0]  # put in front of a text
-        self.n_vocab = max(self.inner.get_vocab().values()) + 1
         self.special = {i for i, token in self.inner.added_tokens_decoder.items() if token.special}
+        known, used = {*self.inner.get_vocab().values()}, set()
         self.adds_space = self.pieces[first[0]].startswith(b" ")  # in front of a text, as SentencePiece does
         self.end_of_turn = {self.eot_token}
         for name in ("config.json", "generation_config.json"):
             ends = read_json(folder / name).get("eos_token_id") if os.path.isfile(folder / name) else None
-            self.end_of_turn |= {i for i in (ends if isinstance(ends, list) else [ends]) if i in range(self.n_vocab)}
+            self.end_of_turn |= {i for i in (ends if isinstance(ends, list) else [ends]) if i in known}
         if self.inner.chat_template is None:
             self.chat = self.chat_prompt = None
-            return
         with suppress(Error):
-            turns = self.chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+            talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+            turns = self.chat(talk) if self.chat else []
+            used = {i for ids, _ in turns for i in ids}
             self.end_of_turn |= {ids[-1] for ids, scored in turns if scored} & self.special
+        # Other special tokens may have no row in the model, such as Gemma 3's for pictures
+        self.n_vocab = 1 + max(known - self.special | used | self.end_of_turn)
 
     def encode_ordinary(self, text):
         return self.encode_ordinary_batch([text])[0]
@@ -225,7 +228,8 @@ class Tokenizer:
         has_bytes = "".join(tokens[i] for i in self.encode_ordinary("é")).endswith("Ã©")  # é in byte_alphabet
         pieces = {i: token_bytes(token, has_bytes) for i, token in tokens.items()}
         for i, token in self.inner.added_tokens_decoder.items():
-            pieces[i] = b"" if token.special else token.content.encode()
+            if token.special or has_bytes:  # SentencePiece's, such as Gemma's runs of spaces, are like its others
+                pieces[i] = b"" if token.special else token.content.encode()
         return pieces
 
     def decode_tokens_bytes(self, ids):
@@ -261,7 +265,7 @@ class Tokenizer:
         """
         text, spans = self.render(messages), []  # (start, end) in characters
         for i, message in enumerate(messages):
-            if message.get("role") == "assistant":
+            if i and message.get("role") == "assistant":  # templates refuse an empty conversation
                 before = self.render(messages[:i], add_generation_prompt=True)
                 after = self.render(messages[: i + 1])
                 if text.startswith(after) and after.startswith(before):

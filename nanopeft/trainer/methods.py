@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """One table of the methods: what each adds to a model, and how that is saved and opened again."""
 
-import json
 import os
 import zlib
 from collections.abc import Callable
@@ -119,7 +118,7 @@ METHODS = {
         state_dict=prompt.prompt_state_dict, config=prompt.prompt_config, load=prompt.load_prompt_state_dict,
     ),
     "ptuning": Method(
-        {"lr": 3e-3, "tokens": None, "encoder": "lstm", "template": None},
+        {"lr": 3e-3, "tokens": None, "encoder": "mlp", "template": None},
         ptuning.PTuning, lambda args, *_: {"n_tokens": args.tokens, "encoder": args.encoder, "template": args.template},
         peft_types=("P_TUNING", "P_TUNING_TEMPLATE"), read_config=peft_config.ptuning_arguments,
         state_dict=ptuning.ptuning_state_dict, config=ptuning.ptuning_config, load=ptuning.load_ptuning_state_dict,
@@ -154,15 +153,10 @@ def check_base(folder, base_checksum, base, model, force):
         raise Error(f"{what}: give it its own base, or use it all the same with --force")
 
 
-def checksums(args, base, train, valid):
-    """{flag: checksum} of what the flags of a run only name, and somebody may change under that name."""
-    found = {"base": base.checksum}
-    total = 0
-    for split in (train, valid):
-        tokens = split.tokens.numpy() if isinstance(split, data.TokenStream) else json.dumps(split.items).encode()
-        total = zlib.crc32(tokens, total)
-    found["data"] = f"{total:08x}"
-    if args.method == "fusion":
+def checksums(args, base, valid):
+    """{flag: checksum} of what flags name and others may change."""
+    found = {"base": base.checksum, "data": valid.checksum}
+    if args.adapters:  # a fusion's; with --from its own file has them
         states = [checkpoint.read_adapter(folder)[1] for folder in args.adapters]
         found["adapters"] = " ".join(checkpoint.checksum(state, "") for state in states)
     return found
@@ -243,10 +237,15 @@ def save_whole(model, encoding, folder):
     return files
 
 
+def checksum_of_kept(folder):
+    """Of the files with weights in a folder, an adapter's or a whole model's."""
+    return checkpoint.checksum_of(sorted(folder.glob("*model*.safetensors")))
+
+
 def restore(model, args, folder, progress, ranks):
     """Puts the numbers of the best step, which save wrote, back into the model, if no other run wrote over them."""
     method = METHODS[args.method]
-    if not ranks.sum(int(ranks.rank == 0 and checkpoint.checksum_of(folder) == progress.kept)):
+    if not ranks.sum(int(ranks.rank == 0 and checksum_of_kept(folder) == progress.kept)):
         args.keep = "last"
         ranks.say(f"{folder} no longer holds the numbers of step {progress.best_step}, the best: the last are kept")
     elif method.load:
@@ -267,6 +266,10 @@ class Adapter:
             raise Error(f"{path} has peft_type {kind!r}, which is none of the methods here")
         if not isinstance(self.base, str):
             raise Error(f"{path} does not say which base it is for: base_model_name_or_path")
+        try:
+            bases.find_checkpoint(self.base)
+        except Error as error:
+            raise Error(f"{path} names this base: {error}; correct base_model_name_or_path there") from None
         self.settings = METHODS[self.method].read_config(config)
         if config.get("use_dora"):
             self.method = "dora"
@@ -304,8 +307,6 @@ def load(folder, dtype, device, force=False):
 
 def merge(folder, out, dtype, device, force):
     """Writes the base with what an adapter has learned in its weights: a whole model, as transformers opens it."""
-    if not os.path.exists(Path(folder, "adapter_config.json")):
-        raise Error(f"--merge {folder}: no adapter_config.json there, so nothing to merge into a base")
     kind = Adapter(folder).method
     if kind not in MERGE:
         raise Error(f"--merge {folder}: {kind} cannot be merged: {UNMERGEABLE[kind]}; load it beside its base instead")
@@ -328,7 +329,8 @@ def apply_template(model, ids, encoding):
     """A prompt's token ids, with the text and the virtual tokens of P-tuning's template around it."""
     if getattr(model, "template", None) is None:
         return ids
-    start = ids[:1] if ids[:1] == [encoding.eot_token] else []  # a prompt that was cut has lost it
+    start = data.start_token(encoding)
+    start = start if ids[:1] == start else []  # a prompt that was cut has lost it
     return [*start, *model.apply_template(ids[len(start) :], encoding.encode_ordinary)]
 
 

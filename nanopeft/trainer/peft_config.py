@@ -25,7 +25,7 @@ def read_fields(config, fields):
 
 
 def check_targets(targets):
-    """Names, or a regular expression: that tries each way to share a name among its repeats, and may take years."""
+    """Names, or a regular expression, which with many repeats may take years to match."""
     if isinstance(targets, list) and not all(isinstance(target, str) for target in targets):
         raise Error(f"adapter_config.json: target_modules must be a list of names, not {targets!r}")
     pattern = targets if isinstance(targets, str) else ""
@@ -54,13 +54,10 @@ def lora_arguments(config):
         ("targets", "target_modules", (str, list), None), ("r", "r", (int,), 8),
         ("alpha", "lora_alpha", (int, float), 8), ("dropout", "lora_dropout", (int, float), 0.0),
         ("ranks", "rank_pattern", (dict,), {}), ("rslora", "use_rslora", (bool,), False),
-        ("modules_to_save", "modules_to_save", (list, type(None)), None),
     ]  # fmt: skip
-    arguments = read_fields(config, fields)
+    arguments = read_fields(config, fields) | head_arguments(config)
     for targets in (arguments["targets"], *arguments["ranks"]):
         check_targets(targets)
-    if not all(isinstance(name, str) and name for name in arguments["modules_to_save"] or []):
-        raise Error(f"adapter_config.json: modules_to_save cannot be {arguments['modules_to_save']!r}")
     return arguments
 
 
@@ -102,7 +99,7 @@ def adapter_arguments(config):
 def head_arguments(config):
     """Modules that were trained whole. A file that does not speak of them has none, whatever the model's are called."""
     names = config.get("modules_to_save") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise Error(f"adapter_config.json: modules_to_save must be a list of names, not {names!r}")
     return {"modules_to_save": tuple(names)}
 

@@ -2,6 +2,7 @@
 """All pictures that a run leaves: its losses, AdaLoRA's ranks, a pipeline's timeline, and those of --method all."""
 
 import re
+from itertools import accumulate
 
 
 def new_figure(width, height):
@@ -11,10 +12,10 @@ def new_figure(width, height):
 
 
 def smooth(losses):
-    """Each step's mean over the steps just before it."""
-    window = max(1, len(losses) // 30)
-    recent = [losses[max(0, i - window) : i + 1] for i in range(len(losses))]
-    return [sum(r) / len(r) for r in recent]
+    """Of each step the mean of its loss and those just before it."""
+    window, sums = max(1, len(losses) // 30), [0, *accumulate(losses)]
+    starts = [max(0, i - window) for i in range(len(losses))]
+    return [(sums[i + 1] - sums[start]) / (i + 1 - start) for i, start in enumerate(starts)]
 
 
 def drawable(name):
@@ -91,7 +92,8 @@ def plot_comparison(path, results, quantity, task):
     mark(left, {name: (r["trained_parameters"], r[f"{quantity}_after"]) for name, r in results.items()})
     for i, (name, r) in enumerate(results.items()):
         right.plot(range(1, len(r["losses"]) + 1), smooth(r["losses"]), color=color(i), label=name)
-    left.axhline(results["full"][f"{quantity}_before"], color="gray", linestyle="--", label="untouched base")
+    untouched = next(iter(results.values()))[f"{quantity}_before"]
+    left.axhline(untouched, color="gray", linestyle="--", label="untouched base")
     unit = "nats per token of validation data" if quantity == "loss" else "share of validation examples"
     left.set(xscale="log", xlabel="trained parameters", ylabel=f"{quantity}, {unit}", title=f"{task}: quality and size")
     left.margins(0.12)
@@ -106,7 +108,8 @@ def plot_forgetting(path, results, quantity, task):
     """What each method has learned, against what it has forgotten."""
     figure = new_figure(6.5, 4.5)
     axes = figure.subplots()
-    before, sign = results["full"][f"{quantity}_before"], -1 if quantity == "loss" else 1
+    before = next(iter(results.values()))[f"{quantity}_before"]
+    sign = -1 if quantity == "loss" else 1
     points = {name: (sign * (r[f"{quantity}_after"] - before), r["forgotten"]) for name, r in results.items()}
     mark(axes, {name: point for name, point in points.items() if None not in point})
     unit = "nats per token less, of validation data" if quantity == "loss" else "more of the validation examples right"

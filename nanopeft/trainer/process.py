@@ -140,7 +140,7 @@ def run(main):
             traceback.print_exc()
         line = str(error)
         if isinstance(error, KeyboardInterrupt):
-            line = "stopped; the saved state of a run stays, and the same command with --resume goes on from it"
+            line = "stopped: a run goes on from its last saved state, if there is one, with --resume"
         elif isinstance(error, (RuntimeError, MemoryError)):
             if "memory" not in repr(error).lower() or "illegal" in repr(error):
                 raise

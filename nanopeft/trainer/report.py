@@ -38,21 +38,18 @@ def in_use(device):
 
 
 class Meter:
-    """Adds up a run's time and its peak of memory, base included. began: when the process had nothing yet."""
+    """Adds up a run's time and its peak of memory, base included. began: the time at which the run began."""
 
     def __init__(self, device, began):
         self.device, self.last = device, began
         self.at_start, _ = in_use(device)
-
-    def note_peak(self, progress):
-        progress.peak = max(progress.peak, in_use(self.device)[1] - self.at_start)
 
     def lap(self, progress, training=False):
         now = time.perf_counter()
         progress.seconds += now - self.last
         progress.training_seconds += (now - self.last) * training
         self.last = now
-        self.note_peak(progress)
+        progress.peak = max(progress.peak, in_use(self.device)[1] - self.at_start)
 
 
 class StepMemory:
@@ -125,18 +122,15 @@ def predict(model, args, precision, length):
 # ------------------------------------------------------------------------------------------------------------- one run
 
 
-def finish(args, precision, progress, counts, after, step_memory, rates, chat, timeline=None):
-    """Writes result.json, loss.png and a pipeline's timeline of the last step, and prints what happened.
-
-    chat: whether the data are conversations.
-    """
+def finish(args, precision, progress, counts, after, step_memory, rates, asked, timeline=None):
+    """Writes result.json, loss.png and a pipeline's timeline of the last step, and prints what happened."""
     out, before, bubble = Path(args.out), progress.before, {}
     if timeline and timeline[0]:  # at least one step was made
         bubble = {"measured": pipeline.waiting(timeline), "formula": pipeline.bubble(len(timeline), args.accumulate)}
         checkpoint.write(out / "pipeline.svg", lambda path: pictures.plot_timeline(path, timeline))
     result = {
         "method": args.method, "precision": args.precision, "computed_in": precision, "base": args.base,
-        "data": args.data, "chat": chat, "steps": progress.step, "best_step": progress.best_step, "keep": args.keep,
+        "data": args.data, "asked": asked, "steps": progress.step, "best_step": progress.best_step, "keep": args.keep,
         **counts,
         "loss_before": before["loss"], "loss_after": after["loss"],
         "bits_per_byte_before": before["bits"], "bits_per_byte_after": after["bits"],
