@@ -640,6 +640,7 @@ def test_ranks_train_what_one_process_trains(monkeypatch, files, tmp_path, metho
     [
         ("", "share the work"), ("--zero 4", "give a stage"), ("--zero 2 --batch 3", "cannot be shared"),
         ("--zero 1 --method all", "one method"), ("--zero 1 --fsdp", "give a stage"),
+        ("--zero 1 --device mps", "no messages between Apple's GPUs"),
         ("--fsdp --precision fp16", "--fsdp is"),
     ],
 )  # fmt: skip

@@ -288,6 +288,8 @@ def check_ranks(args):
         raise Error(f"--batch {args.batch} cannot be shared by {world} processes: give a multiple of {world}")
     if shares and args.device == "cuda" and not dist.is_nccl_available():
         raise Error("several GPUs need NCCL, which torch lacks here, as on Windows: --device cpu")
+    if shares and args.device == "mps":
+        raise Error("gloo has no messages between Apple's GPUs: several processes need --device cpu or cuda")
     if shares and args.device.startswith("cuda:"):
         raise Error(f"each process takes a GPU of its own: --device cuda, not {args.device}")
 

@@ -127,7 +127,10 @@ class OneProcess:
         return norm
 
     def norm(self):
-        return zero.squared_norm([p.grad for p in self.params.values() if p.grad is not None]).sqrt().item()
+        grads = [p.grad for p in self.params.values() if p.grad is not None]
+        if grads and grads[0].device.type == "mps":  # Apple's GPUs have no fp64
+            return torch.stack([grad.float().norm() for grad in grads]).norm().item()
+        return zero.squared_norm(grads).sqrt().item()
 
     def whole(self):
         return nullcontext(self.model)
