@@ -203,8 +203,8 @@ def add_adapter(
 def add_fusion(model, adapters, *, modules_to_save=None):
     """Freezes the model, wraps its blocks in place with a fusion of frozen adapters, and returns it. `adapters` has the
     (adapter_config, adapter_state_dict) of each, all of placement pfeiffer. Where the state is None, the adapter waits
-    for load_fusion_state_dict. Raises Error, with nothing changed, if one does not fit. The heads that adapters were
-    trained with are of their tasks, and left out; the model's own is trained with the fusion, as in add_adapter."""
+    for load_fusion_state_dict. Raises Error, with nothing changed, if one does not fit. The adapters' heads belong to
+    their tasks and are left out; the model's own is trained with the fusion, as in add_adapter."""
     heads = find_heads(model, modules_to_save)
     adapters, stacks, trained = list(adapters), [], [p for p in model.parameters() if p.requires_grad]
     if not adapters or any(config.get("placement") != "pfeiffer" for config, _ in adapters):
@@ -243,7 +243,7 @@ def remove_adapter(model):
 
 @contextmanager
 def adapter_disabled(model):
-    """The base model, but for modules_to_save, inside the `with`."""
+    """Inside the `with` the model is the base, but for modules_to_save, which stay as trained."""
     layers = [layer for layer in adapter_layers(model).values() if layer.enabled]  # none inside another one
     for layer in layers:
         layer.enabled = False
@@ -307,7 +307,7 @@ def bare(name):
 
 
 def bare_names(model):
-    """{bare name: module}; of a module and what wraps it the outermost."""
+    """{bare name: module}; if it is wrapped, its outermost wrapper."""
     found = {}
     for name, module in model.named_modules():
         found.setdefault(bare(name), module)
@@ -346,7 +346,7 @@ def find_activation(name):
 
 
 def find_targets(model, targets, placement, heads):
-    """{name: layer}: of the linear layers (houlsby), or of what holds some (pfeiffer), those that `targets` names."""
+    """{name: layer} that `targets` names: linear layers (houlsby), or modules with some inside (pfeiffer)."""
     modules, inside = bare_names(model), tuple(f"{head}." for head in heads)
     layers = {n: m for n, m in modules.items() if n and any(map(is_linear, m.modules()))}
     layers = {n: m for n, m in layers.items() if not f"{n}.".startswith(inside)}
@@ -386,7 +386,7 @@ def width(model, layer):
 
 
 def replace(model, layers):
-    """Puts the second of each {layer: layer} in every place of the first: a model may call one layer in several."""
+    """For each {old: new} puts new in every place of old, as a model may call one layer in several."""
     for parent in [*model.modules()]:
         for child, module in parent._modules.items():  # named_children would leave out all places but the first
             if module in layers:

@@ -59,7 +59,7 @@ Pitfalls:
   * A tied weight (GPT-2's embedding and head) cannot be merged at one end: the other end would change too.
   * Two adapters merged into one W add up, ΔW₁ + ΔW₂, and may disturb each other.
 
-Starts that use W = U S Vᵀ or its rounding Q, with s B₀ A₀ taken off W:
+Starts from W = U S Vᵀ or W's rounding Q; s B₀ A₀ is subtracted from W:
     PiSSA   2404.02948   s B₀ A₀ = U_r S_r V_rᵀ, the largest part of W    init="pissa"
     MiLoRA  2406.09044   the smallest part, the last r: changes little of what the base knows
     OLoRA   2406.01775   W = Q R: B₀ = Q[:, :r], A₀ = R[:r]. peft 0.21 takes s B₀ A₀ off, which for s ≠ 1 is another
@@ -417,7 +417,7 @@ def bare(name):
 
 
 def bare_names(model):
-    """{bare name: module}; of a module and what wraps it the outermost."""
+    """{bare name: module}; if it is wrapped, its outermost wrapper."""
     found = {}
     for name, module in model.named_modules():
         found.setdefault(bare(name), module)
@@ -425,7 +425,7 @@ def bare_names(model):
 
 
 def replace(model, layers):
-    """Puts the second of each {layer: layer} in every place of the first: a model may call one layer in several."""
+    """For each {old: new} puts new in every place of old, as a model may call one layer in several."""
     for parent in [*model.modules()]:
         for child, module in parent._modules.items():  # named_children would leave out all places but the first
             if module in layers:

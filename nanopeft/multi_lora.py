@@ -40,7 +40,7 @@ class Error(ValueError):
 class MultiLoRALinear(lora.LoRALinear):
     """A frozen linear layer and K updates. LoRALinear's forward is y = base_layer(x) + update(x)."""
 
-    def __init__(self, names, updates):  # {name: LoRALinear}; a name without one has rank 0, and so has None, the base
+    def __init__(self, names, updates):  # {name: LoRALinear}; a name without one, and None (the base), have rank 0
         nn.Module.__init__(self)  # LoRALinear's own would make one A and one B
         one = next(iter(updates.values()))
         self.base_layer, self.lora_name, self.unmerged_weight, self.names = one.base_layer, one.lora_name, None, names

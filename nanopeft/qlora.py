@@ -2,7 +2,7 @@
 """QLoRA: LoRA over a frozen base whose linear weights are stored in 4 bits.
 
     y = x Ŵᵀ + b + s · dropout(x) Aᵀ Bᵀ           Ŵ = dequantize(q, scales):  NF4 or int8, see quant.py
-    dx = dy Ŵ + s · dy B A                         Ŵ is computed again in backward, and never kept
+    dx = dy Ŵ + s · dropout(dy B A)                Ŵ is computed again in backward, and never kept
 
     x (..., in) ──┬── dequantize(q, scales) = Ŵ (out, in), b ──(+)── y (..., out)     q: 4 bits a weight, frozen
                   └── dropout ── A (r, in) ── s ── B (out, r) ──┘                     A, B: fp32, trained
@@ -32,8 +32,8 @@ Typical values (the paper and its code): NF4 with double quantization, bf16, all
 
 Pitfalls:
   * Do not merge into 4 bits. A usual update is far smaller than the gap between two codes. On Ŵ of standard deviation
-    0.02, merge a rank-16 update of RMS 1e-3 and quantize again: the error has 1.03 times the update's RMS, so dropping
-    the update would be better (1.0). What is left of it is 28 %, with a cosine of 0.35 to what was meant. Serve Ŵ and
+    0.02, merge a rank-16 update of RMS 1e-3 and quantize again: the error's RMS is 1.03 times the update's, so dropping
+    the update would be better (1.0). 28 % of it is left, at a cosine of 0.35 to what was meant. Serve Ŵ and
     the adapter unmerged, or let merge_qlora give a 16- or 32-bit model. If LoRA fits your memory in 16 bits, take LoRA:
     it is faster.
   * A and B fit Ŵ. Merged into the original W, which they never saw, they are a little off.
