@@ -230,24 +230,7 @@ def find_checkpoint(name_or_dir):
         return Path(gpt.__file__).parent / "base"
     on_hub = HUB.get(name_or_dir, name_or_dir if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name_or_dir)) else None)
     if on_hub and not os.path.isdir(name_or_dir):
-        files = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
-        if name_or_dir not in HUB:  # shards, other tokenizers and templates; nothing that is pickled
-            files = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
-        try:
-            from huggingface_hub import snapshot_download
-            from huggingface_hub.errors import HTTPError  # of its HTTP client, whichever that is
-
-            name_or_dir = snapshot_download(on_hub, allow_patterns=files)
-        except ImportError:
-            failed = "would come from the Hugging Face hub: pip install \"nanopeft[hub]\""
-        except (OSError, ValueError, HTTPError) as error:
-            why = "check the name, go online, or log in with `hf auth login` if its owner wants that"
-            failed = f"cannot be fetched from the Hugging Face hub ({type(error).__name__}): {why}"
-        else:
-            failed = None
-        if failed:
-            here = "" if name_or_dir in HUB else "is no folder here, and "
-            raise Error(f"{name_or_dir} {here}{failed}, or give a folder that holds {', '.join(files)}")
+        name_or_dir = download(name_or_dir, on_hub)
     folder = Path(name_or_dir)
     if not os.path.isfile(folder / "config.json"):  # Path.is_file raises if the name is too long
         if os.path.isfile(folder / "adapter_config.json"):
@@ -260,6 +243,25 @@ def find_checkpoint(name_or_dir):
     if is_gpt2(folder):
         read_config(folder / "config.json")  # before its tokenizer
     return folder
+
+
+def download(name, on_hub):
+    """The folder of a model of the Hugging Face hub, which is downloaded unless it has been."""
+    files = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
+    if name not in HUB:  # shards, other tokenizers and templates; nothing that is pickled
+        files = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HTTPError  # of its HTTP client, whichever that is
+
+        return snapshot_download(on_hub, allow_patterns=files)
+    except ImportError:
+        failed = "would come from the Hugging Face hub: pip install \"nanopeft[hub]\""
+    except (OSError, ValueError, HTTPError) as error:
+        why = "check the name, go online, or log in with `hf auth login` if its owner wants that"
+        failed = f"cannot be fetched from the Hugging Face hub ({type(error).__name__}): {why}"
+    here = "" if name in HUB else "is no folder here, and "
+    raise Error(f"{name} {here}{failed}, or give a folder that holds {', '.join(files)}")
 
 
 def read_config(path):
