@@ -263,13 +263,17 @@ def tokenize(examples, encoding):
             texts.append([(example[0], False), (example[1], True)])
         else:
             texts.append([] if chat else plain_chat(example))
-    encoded = iter(encoding.encode_ordinary_batch([text for turns in texts for text, _ in turns]))
+    first = iter(encoding.encode_ordinary_batch([turns[0][0] for turns in texts if turns]))
+    go_on = getattr(encoding, "encode_continuations", encoding.encode_ordinary_batch)
+    rest = iter(go_on([text for turns in texts for text, _ in turns[1:]]))
     for example, turns in zip(examples, texts):
         if chat and not isinstance(example, tuple):
             yield [*chat(example)]  # ids already
         else:
-            ids = [([*next(encoded), *[encoding.eot_token] * scored], scored) for _, scored in turns]
-            yield [(start_token(encoding), False), *ids]
+            ids = (next(rest if k else first) for k in range(len(turns)))
+            ends = [encoding.eot_token]
+            turns = [([*part, *ends * scored], scored) for part, (_, scored) in zip(ids, turns)]
+            yield [(start_token(encoding), False), *turns]
 
 
 if __name__ == "__main__":

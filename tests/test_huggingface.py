@@ -26,8 +26,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanopeft import adamw, adapter, gpt, lora, prefix, prompt, ptuning, qlora, zero
-from nanopeft.data import start_token
+from nanopeft import adamw, adapter, data, gpt, lora, prefix, prompt, ptuning, qlora, zero
 from nanopeft.trainer import Error, bases, checkpoint, generation, measure, methods, process
 
 SCRIPT = Path(__file__).parent.parent / "train.py"
@@ -489,6 +488,17 @@ def test_a_batch_of_texts(encodings, kind):
     assert ours.decode([think]) == "<think>" and ours.n_vocab == think + 1 == len(ours.inner)
 
 
+@BOTH
+def test_a_completion_goes_on_with_its_prompt(encodings, kind):
+    """Prompt and completion together are the tokens of their text: SentencePiece puts a space in front of it alone."""
+    ours, theirs = encodings(kind)
+    for asked, answer in (("The café costs", " 12"), ("12 or", "\n300"), ("naïve", "ly")):
+        ((first, rest),) = data.CompletionDataset([(asked, answer)], ours, 99).items
+        assert ours.decode(first + rest) == asked + answer
+        if answer != "ly":  # which would be joined
+            assert first + rest[:-1] == theirs(asked + answer, add_special_tokens=False).input_ids
+
+
 def test_tokens_at_the_edges(encodings):
     """The token in front of a text, if there is one, the end of a text, and what ends a turn, of the model and chat."""
     assert encodings("bytes")[0].bos_token is None and encodings("bytes", None, True)[0].bos_token == 1
@@ -788,13 +798,13 @@ def test_damaged_folders_are_refused_or_load(folder, tmp_path, cases):
 
     @settings(deadline=None, max_examples=cases, database=None)
     @given(st.data())
-    def one(data):
-        path = data.draw(st.sampled_from(sorted(good.iterdir())), "file")
+    def one(drawn):
+        path = drawn.draw(st.sampled_from(sorted(good.iterdir())), "file")
         whole = path.read_bytes()
-        spoil(data.draw, path)
+        spoil(drawn.draw, path)
         try:
             model, encoding = methods.load(str(good), torch.float32, torch.device("cpu"))
-            ids = start_token(encoding) + encoding.encode_ordinary("ab")
+            ids = data.start_token(encoding) + encoding.encode_ordinary("ab")
             generation.sample(model, encoding, ids, torch.device("cpu"), 0)
             if encoding.chat:
                 encoding.chat(TALK)

@@ -221,6 +221,14 @@ class Tokenizer:
         options = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)
         return self.inner([*texts], **options).input_ids if texts else []
 
+    def encode_continuations(self, texts):
+        """Of texts that go on with another one: without the space that SentencePiece puts in front of a text."""
+        if not self.adds_space:
+            return self.encode_ordinary_batch(texts)
+        before, found = self.encode_ordinary("\1"), self.encode_ordinary_batch(["\1" + text for text in texts])
+        n = len(before)  # nothing is joined to this character, which is in no text
+        return [ids[n:] if ids[:n] == before else self.encode_ordinary(text) for ids, text in zip(found, texts)]
+
     @functools.cached_property
     def pieces(self):
         """{id: bytes} of each token; special tokens have none."""
