@@ -126,6 +126,8 @@ class RankBudget:
         if t < final or t == 1:  # the last pruning may be at the first step
             for layer in self.layers:
                 for p in layer.parts():
+                    if p.grad is None:
+                        raise Error(f"{layer.lora_name} took no part in the loss: leave it out of targets")
                     state, worth = self.optimizer.state[p], (p * p.grad).abs()  # |w dw|
                     if "importance" not in state:
                         state |= {"importance": torch.zeros_like(p), "uncertainty": torch.zeros_like(p)}

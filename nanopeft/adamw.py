@@ -154,10 +154,13 @@ class AdamW(torch.optim.Optimizer):
                 continue
             needed = {"step": (), "m": p.shape, "v": p.shape} | ({"master": p.shape} if p.dtype.itemsize < 4 else {})
             shapes = {k: getattr(x, "shape", ()) for k, x in saved.items()}
-            if shapes != needed:
+            if needed.items() - shapes.items():  # others may keep theirs there too, such as AdaLoRA's RankBudget
                 raise Error(f"the state of parameter {i}, {p.dtype}, must have {needed}, not {shapes}")
             dtype = torch.promote_types(p.dtype, torch.float32)
-            states[p] = {k: x.to(p.device, dtype, copy=True) if torch.is_tensor(x) else x for k, x in saved.items()}
+            states[p] = {
+                k: x.to(p.device, dtype if x.is_floating_point() else x.dtype, copy=True) if torch.is_tensor(x) else x
+                for k, x in saved.items()
+            }
         super().load_state_dict({**state_dict, "state": {}})
         self.state.update(states)
 

@@ -123,6 +123,8 @@ def add_dora(model, targets="all-linear", *, add=lora.add_lora, **arguments):
     found = lora.find_targets(model, targets, lora.find_saved(model, arguments.get("modules_to_save")))
     if tables := [name for name, layer in found.items() if isinstance(layer, nn.Embedding)]:
         raise Error(f"{tables[0]} is an embedding, and DoRA here is for linear layers: leave it out, or take LoRA")
+    if packed := [name for name, layer in found.items() if lora.is_packed(layer.weight)]:
+        raise Error(f"{packed[0]} is quantized, and its codes have no length: qlora.add_qlora takes a base in 16 bits")
     if arguments.get("init") == "pissa":
         raise Error("init='pissa' has an update of its own, s (B A - B₀ A₀): take it or DoRA, not both")
     add(model, targets, **arguments)

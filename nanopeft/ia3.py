@@ -58,7 +58,10 @@ class IA3Linear(lora.LoRALinear):
     def __init__(self, base_layer, name, scales_input):
         nn.Module.__init__(self)  # LoRALinear's own would make A and B
         self.base_layer, self.lora_name, self.enabled, self.scales_input = base_layer, name, True, scales_input
-        n_out, n_in = base_layer.weight.shape if isinstance(base_layer, nn.Linear) else base_layer.weight.t().shape
+        if isinstance(base_layer, nn.Linear):  # not weight.shape: bitsandbytes packs 4 bits into bytes
+            n_out, n_in = base_layer.out_features, base_layer.in_features
+        else:
+            n_in, n_out = base_layer.weight.shape
         dtype = torch.promote_types(base_layer.weight.dtype, torch.float32)
         shape = (1, n_in) if scales_input else (n_out, 1)
         self.ia3_l = nn.Parameter(torch.ones(shape, dtype=dtype, device=base_layer.weight.device))
@@ -93,32 +96,35 @@ class IA3Linear(lora.LoRALinear):
 # ----------------------------------------------------------------------------------------------------------------- use
 
 
-def add_ia3(model, targets=KEYS_AND_VALUES, feedforward=MLP_ENDS):
+def add_ia3(model, targets=KEYS_AND_VALUES, feedforward=MLP_ENDS, *, modules_to_save=None):
     """Freezes the model, wraps layers in place and returns it. Wrong use: Error or lora.Error, and nothing has changed.
 
     targets: layers whose outputs are scaled; feedforward: layers whose inputs are. Each is a list of ends of names, or
-        a regular expression for whole names; feedforward=[] leaves the MLP out.
+        a regular expression for whole names; feedforward=[] leaves the MLP out. modules_to_save: as in lora.add_lora.
     lora.py's functions serve IA3 too, with peft's files: lora_state_dict, load_lora_state_dict, lora_config,
     merge_lora, unmerge_lora, remove_lora, lora_disabled.
     """
     if lora.lora_layers(model):
         raise Error("the model has IA3 or LoRA already: lora.remove_lora(model) first")
-    inputs = lora.find_targets(model, feedforward) if feedforward else {}
-    found = lora.find_targets(model, targets) | inputs
+    saved = lora.find_saved(model, modules_to_save)
+    inputs = lora.find_targets(model, feedforward, saved) if feedforward else {}
+    found = lora.find_targets(model, targets, saved) | inputs
     if tables := [name for name, layer in found.items() if isinstance(layer, nn.Embedding)]:
         raise Error(f"{tables[0]} is an embedding, and IA3 scales linear layers: leave it out")
     model.requires_grad_(False)
     lora.replace(model, {layer: IA3Linear(layer, name, name in inputs) for name, layer in found.items()})
+    for name, module in saved.items():
+        module.requires_grad_(True).lora_name = name
     model.lora_config = {
         "peft_type": "IA3", "task_type": None, "target_modules": [*found], "feedforward_modules": [*inputs],
         "fan_in_fan_out": getattr(getattr(model, "config", None), "model_type", None) == "gpt2",  # it has Conv1D
-        "inference_mode": True,
+        "modules_to_save": [*saved] or None, "inference_mode": True,
     }  # fmt: skip
     return model
 
 
 def add_bitfit(model):
-    """Freezes all but the biases and returns the model. Error if it has none."""
+    """Freezes all but the biases, and a classifier's new head, and returns the model. Error if it has no bias."""
     biases = bitfit_parameters(model).values()
     if not biases:
         raise Error("the model has no biases, as a Llama has none: BitFit has nothing to train there")
@@ -129,8 +135,10 @@ def add_bitfit(model):
 
 
 def bitfit_parameters(model):
-    """{name: bias}."""
-    return {lora.bare(name): p for name, p in model.named_parameters() if name.endswith("bias")}
+    """{name: bias}; of a classifier's new head, which is drawn at random, the weight too."""
+    heads = tuple(f"{name}." for name in lora.find_saved(model, None))
+    named = {lora.bare(name): p for name, p in model.named_parameters()}
+    return {name: p for name, p in named.items() if name.endswith("bias") or name.startswith(heads)}
 
 
 def bitfit_state_dict(model):

@@ -365,7 +365,12 @@ def lora_state_dict(model):
 def load_lora_state_dict(model, state):
     """The reverse, onto a model that add_lora has prepared. If the two do not fit: Error, and nothing is loaded."""
     own = lora_state_dict(model)  # the parameters' own memory
-    state = {key: t for key, t in state.items() if ".base_layer." not in key}  # peft adds the frozen embedding table
+    base = {bare(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    for key in [key for key in state if ".base_layer." in key]:  # peft adds a resized embedding, or trained biases
+        p = base.get(key.removeprefix("base_model.model."))
+        if p is None or not p.is_meta and not (p.shape == state[key].shape and torch.equal(p, state[key].to(p))):
+            raise Error(f"{key} is not this base's: the adapter is of another base, or has more than LoRA in it")
+    state = {key: t for key, t in state.items() if ".base_layer." not in key}
     if any(layer.unmerged_weight is not None for layer in lora_layers(model).values()):
         raise Error("the model is merged with another adapter: unmerge_lora(model) first")
     if own.keys() != state.keys():

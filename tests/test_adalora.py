@@ -200,6 +200,35 @@ def test_pruning_goes_on_from_the_optimizers_state():
         assert sum(adalora.ranks(whole).values()) == 4
 
 
+def test_going_on_with_our_adamw():
+    """Its state carries the importance that RankBudget keeps there, so ten steps and ten more are twenty."""
+    found = []
+    for parts in ((20,), (10, 10)):
+        torch.manual_seed(0)
+        model, saved = adalora.add_adalora(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), r=3), None
+        for n in parts:
+            optimizer = adamw.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+            adalora.RankBudget(model, optimizer, total=20, target_r=1)
+            optimizer.load_state_dict(saved) if saved else None
+            for _ in range(n):
+                model(torch.ones(2, 4)).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            saved = optimizer.state_dict()
+        found.append(adalora.adalora_state_dict(model))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_a_layer_that_takes_no_part_is_named():
+    """Without a gradient nothing can be scored: an Error with the layer's name."""
+    model = adalora.add_adalora(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), r=3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    adalora.RankBudget(model, optimizer, total=20, target_r=1)
+    model[0](torch.ones(2, 4)).sum().backward()
+    with pytest.raises(adalora.Error, match="^1 took no part in the loss"):
+        optimizer.step()
+
+
 def test_what_cannot_be():
     """An embedding, no AdaLoRA and no steps to prune in are Errors of one line; add_lora's own options are unknown."""
     model = hf_llama()

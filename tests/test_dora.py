@@ -193,6 +193,15 @@ def test_a_row_of_zeros():
     assert torch.equal(y, before) and all(p.grad.isfinite().all() for p in lora.lora_parameters(model).values())
 
 
+def test_a_base_quantized_by_others_is_refused():
+    """Rows of 8-bit codes have other lengths than the weights that they stand for."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(dora.Error, match="is quantized, and its codes have no length"):
+        dora.add_dora(model)
+    assert type(model[0]) is nn.Linear
+
+
 def test_embeddings_are_refused():
     """An embedding among the targets is an Error of one line, and nothing has changed."""
     model = hf_llama()

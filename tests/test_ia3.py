@@ -168,6 +168,22 @@ def test_bitfit():
         ia3.load_bitfit_state_dict(fresh, {})
 
 
+def test_a_classifier_s_new_head_is_trained_and_saved():
+    """Its weights are drawn at random: IA3 saves them under peft's name, BitFit beside the biases."""
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+    )
+    model = ia3.add_ia3(transformers.LlamaForSequenceClassification(config))
+    assert model.score.weight.requires_grad and "base_model.model.score.weight" in lora.lora_state_dict(model)
+    assert lora.lora_config(model)["modules_to_save"] == ["score"]
+    other = ia3.add_ia3(transformers.LlamaForSequenceClassification(config))
+    lora.load_lora_state_dict(other, lora.lora_state_dict(model))
+    assert torch.equal(other.score.weight, model.score.weight)
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "classifier": nn.Linear(2, 2)})
+    assert [*ia3.bitfit_state_dict(ia3.add_bitfit(model))] == ["a.bias", "classifier.weight", "classifier.bias"]
+    assert model.classifier.weight.requires_grad and not model.a.weight.requires_grad
+
+
 def test_what_cannot_be(tmp_path):
     """No biases, an embedding, nothing to scale, and IA3 a second time are Errors of one line; nothing has changed."""
     model = hf_llama()

@@ -774,6 +774,16 @@ def test_all_linear_passes_over_a_head_that_is_trained_whole():
     assert [*lora.lora_layers(model)] == ["layer"] and model.classifier.dense.weight.requires_grad
 
 
+def test_numbers_of_the_base_in_a_file_must_be_this_base_s():
+    """peft's file may hold a trained bias, or an embedding that was resized: dropped, they would be missed silently."""
+    model = nn.ModuleDict({"a": nn.Linear(4, 4)})
+    lora.add_lora(model, ["a"], r=2)
+    state, bias = lora.lora_state_dict(model), model.a.base_layer.bias
+    lora.load_lora_state_dict(model, state | {"base_model.model.a.base_layer.bias": bias.clone()})
+    with pytest.raises(lora.Error, match="is not this base's"):
+        lora.load_lora_state_dict(model, state | {"base_model.model.a.base_layer.bias": bias + 1})
+
+
 class Quantized(nn.Linear):
     """A layer that keeps its weight in one byte and widens it in its forward."""
 

@@ -6,6 +6,7 @@ The longer forms: python tests/bench/kill.py --kills 100, and CASES=100000 pytes
 
 import argparse
 import copy
+import functools
 import json
 import math
 import os
@@ -326,14 +327,15 @@ def sample(model, encoding, text):
 
 
 def test_a_prompt_that_leaves_little_room(monkeypatch, files, capsys):
-    """A prompt that leaves fewer tokens than a sample has says on stderr how many; a shorter one says nothing."""
+    """A prompt of --generate that leaves fewer tokens than are asked for says on stderr how many."""
     model, encoding = methods.load(files / "base", torch.float32, CPU)
+    go_on = functools.partial(generation.go_on, temperature=0.0, top_k=1, stream=lambda ids: None)
     for n in (1, 61):  # and <eot>, of 64 positions
-        sample(model, encoding, "x" * n)
+        go_on(model, encoding, [encoding.eot_token, *encoding.encode_ordinary("x" * n)], CPU, 80)
         assert f"the prompt takes {n + 1} of 64 positions: {63 - n} are left" in capsys.readouterr().err
     model.config.n_positions = 200
     monkeypatch.setattr(gpt, "generate", lambda model, ids, *_, **__: ids)
-    sample(model, encoding, "x")
+    go_on(model, encoding, encoding.encode_ordinary("x"), CPU, 80)
     assert capsys.readouterr().err == ""
 
 

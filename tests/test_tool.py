@@ -16,7 +16,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from nanopeft import data, gpt
+from nanopeft import adamw, data, gpt
 from nanopeft.trainer import arguments, evaluate, methods, pictures, process
 from nanopeft.trainer.bases import load_base, load_tokenizer
 from nanopeft.trainer.files import load_known
@@ -206,6 +206,26 @@ def test_more_training_of_what_was_trained(monkeypatch, files, tmp_path, method)
     assert {old[key] == new[key] for key in old.keys() - passing} == {True}
 
 
+def test_pissa_goes_on_at_its_own_rate(monkeypatch, files, tmp_path):
+    """Its factors are large, so that --from takes PiSSA's default rate too, and LoRA+'s ratio may be chosen anew."""
+    train(monkeypatch, files, tmp_path / "a", "--method lora --init pissa")
+    quick = f"--base {files}/base --data {files}/a.txt --steps 1 --batch 2 --length 32 --lora-plus 4"
+    assert call(monkeypatch, f"{quick} --from {tmp_path}/a --out {tmp_path}/b") == 0
+    settings = json.loads((tmp_path / "b" / "result.json").read_text())["settings"]
+    assert (settings["init"], settings["lr"], settings["lora_plus"]) == ("pissa", 0.001, 4)
+
+
+def test_nothing_of_an_earlier_run_is_left(monkeypatch, files, tmp_path):
+    """A new run in a folder takes the old results away at its start; all may read what it writes, as umask says."""
+    train(monkeypatch, files, tmp_path, "--method adalora")
+    assert {"result.json", "loss.png", "ranks.svg"} <= {*os.listdir(tmp_path)}
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+    monkeypatch.setattr(adamw.AdamW, "step", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    train(monkeypatch, files, tmp_path)
+    assert not {"result.json", "loss.png", "ranks.svg"} & {*os.listdir(tmp_path)}
+
+
 @pytest.mark.parametrize("flags", ["--ranks mlp.*=3", "--init pissa"])
 def test_what_memory_does_not_know_is_not_predicted(monkeypatch, files, tmp_path, flags):
     """memory.py counts LoRA of one rank: for another kind the run shows what it measured alone."""
@@ -250,6 +270,7 @@ REFUSED = [
     ("--method full --base scratch --out ./scratch", "also the name of a base"),
     ("--method fusion --adapters {files}/one --zero 3", "use --zero 2"),
     ("--prompt -", "belongs to --generate"),
+    ("--clip 0", "would leave nothing of the gradients"),
     ("--steps 3 --epochs 1", "give one of them"),
     ("--steps 3 --out=", "--out is empty"),
     ("--top-k 3", "--top-k belongs to --generate"),

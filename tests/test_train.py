@@ -559,7 +559,7 @@ def torchrun(files, out, flags, script=SCRIPT):
     return subprocess.run([*command, *quick.split()], capture_output=True, text=True, timeout=90, env=environment)
 
 
-FOLDED = ["ptuning --zero 1", "prefix --hidden 4 --zero 3", "ptuning --encoder lstm --fsdp"]
+FOLDED = ["ptuning --zero 0", "prefix --hidden 4 --zero 3", "ptuning --encoder lstm --fsdp"]
 
 
 @pytest.mark.parametrize("flags", telling(FOLDED, FOLDED[:1]))

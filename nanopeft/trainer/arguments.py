@@ -55,7 +55,8 @@ def go_on_from(args, given):
         if name in given and getattr(args, name) != value:
             raise Error(f"--{name} {getattr(args, name)}: the run of {args.start} had {value}; leave it out")
         setattr(args, name, value)
-    if own := given & (METHODS[args.method].defaults.keys() - {"lr"}):
+    args.init = earlier.init  # on which the rate depends
+    if own := given & (METHODS[args.method].defaults.keys() - {"lr", "lora_plus"}):
         raise Error(f"--from brings the adapter's own settings: leave out {flags_of(own)}")
 
 
@@ -228,6 +229,8 @@ def check_method(args, given):
     for name in [name for name in least if name in given and not least[name] <= getattr(args, name) < math.inf]:
         number = f"at least {least[name]} and finite"
         raise Error(f"--{name.replace('_', '-')} must be {number}, not {getattr(args, name)}")
+    if args.clip == 0:
+        raise Error("--clip 0 would leave nothing of the gradients: for none to be clipped give a large number")
     if not 0 <= args.seed < 1 << 40:
         raise Error(f"--seed must be from 0 to 2^40 - 1, not {args.seed}")
 
@@ -254,7 +257,8 @@ def check_out(args):
 
 def check_ranks(args):
     """Several processes: what they share, and what cannot be shared."""
-    kinds = [name for name in ("zero", "fsdp", "tensor", "pipeline") if getattr(args, name) not in (None, False)]
+    given = {name: getattr(args, name) for name in ("zero", "fsdp", "tensor", "pipeline")}
+    kinds = [name for name, value in given.items() if value is not None and value is not False]  # 0 == False
     world, shares = int(os.environ.get("WORLD_SIZE", 1)), len(kinds) > 0
     if world > 1 and not shares:
         raise Error(

@@ -39,6 +39,9 @@ def write(path, content):
     new = path.with_name(path.name + ".new")
     try:
         new.write_bytes(content) if isinstance(content, bytes) else content(new)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(new, 0o666 & ~umask)  # safetensors lets the owner alone read
         os.replace(new, path)
     except (OSError, SafetensorError, Failure) as error:  # the disk is full, say
         new.unlink(missing_ok=True)
@@ -190,10 +193,15 @@ def save_state(path, progress, states):
 
 def set_aside(path, ranks):
     """Makes place for a new run: the state of one that has not ended gets another name, that of a finished one goes."""
-    if ranks.rank > 0 or not path.exists():
+    if ranks.rank > 0:
         return
     result = path.with_name("result.json")
-    if result.exists() and result.stat().st_mtime >= path.stat().st_mtime:
+    finished = path.exists() and result.exists() and result.stat().st_mtime >= path.stat().st_mtime
+    for name in ("result.json", "loss.png", "ranks.svg", "pipeline.svg"):  # must not stand beside new numbers
+        path.with_name(name).unlink(missing_ok=True)
+    if not path.exists():
+        return
+    if finished:
         path.unlink()
         return ranks.say(f"{path.parent} holds a finished run, which this one replaces")
     names = (path.with_name(f"state-{n}.safetensors") for n in itertools.count(1))

@@ -43,9 +43,8 @@ def sample(model, encoding, ids, device, seed):
 def go_on(model, encoding, ids, device, max_new_tokens, temperature, top_k, stream=None):
     """The ids that the model goes on with, without the token that ends them."""
     ids = ids or [encoding.eot_token]  # a model reads something before it writes
-    if (left := free_positions(model) - len(ids)) < 1:
-        raise Error(f"--prompt has {len(ids)} tokens; {free_positions(model) - 1} are the most")
-    if left < max_new_tokens:
+    left = room(model, ids)
+    if left < max_new_tokens and stream is not None:
         print(f"the prompt takes {len(ids)} of {free_positions(model)} positions: {left} are left", file=sys.stderr)
     model.eval()
     ends, prompt = ends_of(encoding), torch.tensor([ids], device=device)
@@ -53,6 +52,13 @@ def go_on(model, encoding, ids, device, max_new_tokens, temperature, top_k, stre
     new = gpt.generate(model, prompt, min(max_new_tokens, left), **how)[0, len(ids) :].tolist()
     model.train()
     return [i for i in new if i not in ends]
+
+
+def room(model, ids):
+    """How many tokens can follow a prompt."""
+    if (left := free_positions(model) - len(ids)) < 1:
+        raise Error(f"a prompt has {len(ids)} tokens; {free_positions(model) - 1} are the most")
+    return left
 
 
 def ends_of(encoding):
@@ -70,13 +76,15 @@ def text(encoding, ids):
 
 def answer(model, encoding, args, device):
     """Prints a text for each prompt and sample, token by token."""
-    prompts, asked = read_prompts(args), how_asked(args, encoding)
+    asked = how_asked(args, encoding)
+    prompts = [apply_template(model, ask(prompt, asked, encoding), encoding) for prompt in read_prompts(args)]
+    for ids in prompts:  # before the first is answered
+        room(model, ids)
     torch.manual_seed(args.seed)
     for number in range(len(prompts) * args.samples):
-        prompt = prompts[number // args.samples]
+        ids = prompts[number // args.samples]
         if number:
             print("\n---")
-        ids = apply_template(model, ask(prompt, asked, encoding), encoding)
         printer = Printer(encoding, ids if asked == "text" else [])
         go_on(model, encoding, ids, device, args.max_new_tokens, args.temperature, args.top_k, printer.take)
         printer.end()

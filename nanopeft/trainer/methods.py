@@ -170,7 +170,7 @@ def remarks(train, valid, encoding, args):
         texts = (encoding.decode(split.tokens[split.tokens != encoding.eot_token].tolist()) for split in (train, valid))
         if n := sum(text.count(tokenizer.ENDOFTEXT) for text in texts):
             yield f"{tokenizer.ENDOFTEXT} stands {n:,} times in the data: it is read as text, and ends no document"
-    elif len({tuple(item[1]) for item in train.items}) == 1:
+    elif len({tuple(item[1]) for item in train.items}) == 1 and len(train.items[0]) == 2:  # 3: with other answers
         yield "all examples have the same answer: there is nothing to tell apart"
     if valid.n_leaked:
         yield f"{valid.n_leaked:,} pieces of the validation data are in training too, and were left out"
@@ -217,6 +217,8 @@ def save(model, encoding, args, folder, base_checksum):
     else:
         config = method.config(model) | {"base_model_name_or_path": args.base, "task_type": "CAUSAL_LM"}
         state, files = method.state_dict(model), ("adapter_config.json", "adapter_model.safetensors")
+        if args.init == "pissa":
+            config["started_from"] = args.init  # ours alone: peft passes over it
         if args.method == "qlora":
             quantized = next(m for m in model.modules() if isinstance(m, qlora.QuantizedLinear))
             config["base_quantization"] = quantized.quant_type  # ours alone: peft passes over it
@@ -271,6 +273,7 @@ class Adapter:
         except Error as error:
             raise Error(f"{path} names this base: {error}; correct base_model_name_or_path there") from None
         self.settings = METHODS[self.method].read_config(config)
+        self.init = config.get("started_from")
         if config.get("use_dora"):
             self.method = "dora"
         if "base_quantization" in config:

@@ -75,11 +75,11 @@ def adalora_arguments(config):
 
 def ia3_arguments(config):
     """add_ia3's arguments. peft names in target_modules those of feedforward_modules too."""
-    require(config, {"modules_to_save": [None, []]})
     fields = [("targets", "target_modules", (list,), None), ("feedforward", "feedforward_modules", (list,), None)]
     arguments = read_fields(config, fields)
     for targets in arguments.values():
         check_targets(targets)
+    arguments |= head_arguments(config)
     arguments["targets"] = [name for name in arguments["targets"] if name not in arguments["feedforward"]]
     return arguments
 
