@@ -23,9 +23,9 @@ LayerNorms. Here, as in AdapterHub, they stay frozen: few numbers (38,400 in GPT
   (I + Up Down) W. [P] could not even then: I + Up Down would act on the whole residual stream, the sum of what all
   sublayers wrote, and no single weight makes that. Which f it is hardly matters.
 * Cost at inference: two small products in series per adapter. Few multiplications (Houlsby at reduction 16: 2.1 % of
-  the blocks' own), but many small kernels: on a GPU at batch 1 the LoRA paper (table 1) measured 20 to
-  30 % more latency. AdapterDrop (2010.11918) leaves out the adapters of the lowest blocks, which matter least: several
-  tasks can share these blocks' results, and training need not backpropagate through them.
+  the blocks' own), but many small kernels: on a GPU at batch 1 the LoRA paper (table 1) measured 20 to 30 % more
+  latency. AdapterDrop (2010.11918) leaves out the adapters of the lowest blocks, which matter least: several tasks can
+  share these blocks' results, and training need not backpropagate through them.
 * Training memory: only adapters have gradients and optimizer states. Most activations stay: backward passes all blocks.
 
 AdapterFusion combines what was learned on several tasks. Fine-tuned on one after another, a model overwrites what it

@@ -125,11 +125,11 @@ def add_ia3(model, targets=KEYS_AND_VALUES, feedforward=MLP_ENDS, *, modules_to_
 
 def add_bitfit(model):
     """Freezes all but the biases, and a classifier's new head, and returns the model. Error if it has no bias."""
-    biases = bitfit_parameters(model).values()
-    if not biases:
+    found = bitfit_parameters(model)
+    if not any(name.endswith("bias") for name in found):
         raise Error("the model has no biases, as a Llama has none: BitFit has nothing to train there")
     model.requires_grad_(False)
-    for p in biases:
+    for p in found.values():
         p.requires_grad_(True)
     return model
 

@@ -144,8 +144,9 @@ def merge_qlora(model, dtype=None):
         weight = weight if isinstance(original, nn.Linear) else weight.t().contiguous()
         original.weight, original.bias = nn.Parameter(weight, requires_grad=False), layer.bias
         lora.replace(model, {layer: original})
-    for name, p in model.named_parameters() if dtype else ():  # norms, biases and embeddings as well
-        p.data = p.data if "lora_" in name else p.data.to(dtype)
+    own = {id(p) for layer in lora.lora_layers(model).values() for p in layer.parameters(recurse=False)}
+    for p in model.parameters() if dtype else ():  # norms, biases and embeddings too; A and B stay in fp32
+        p.data = p.data if id(p) in own else p.data.to(dtype)
     return lora.merge_lora(model)
 
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from nanopeft import gpt, lora, qlora, quant
+from nanopeft import dora, gpt, lora, qlora, quant
 
 
 class Conv1D(nn.Module):
@@ -443,6 +443,14 @@ def test_a_merged_model_has_one_type(dtype):
     lora.remove_lora(qlora.merge_qlora(qlora.add_qlora(model, r=4), dtype))
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert model(torch.zeros(1, 4, dtype=torch.long)).logits.dtype == dtype
+
+
+def test_a_merge_into_a_type_rounds_no_magnitude():
+    """A, B and DoRA's m stay in fp32: what is merged is made of them, and unmerging needs them."""
+    model = dora.add_dora(nn.Sequential(nn.Linear(64, 64)), add=qlora.add_qlora, r=4)
+    qlora.merge_qlora(model, torch.bfloat16)
+    assert {p.dtype for p in lora.lora_parameters(model).values()} == {torch.float32}
+    assert model[0].base_layer.weight.dtype == model[0].base_layer.bias.dtype == torch.bfloat16
 
 
 def replace_the_bias(model, bias):
