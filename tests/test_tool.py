@@ -249,7 +249,7 @@ def test_a_merged_model_opens_in_transformers(monkeypatch, files, tmp_path, meth
     # fp32 adds up in another order; a bf16 weight is off by 2^-9 of itself
     assert (found - right).norm() / right.norm() < (1e-5 if precision == "fp32" else 2e-2)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "m")("7 comes").input_ids == encoding.encode("7 comes")
-    names = {"config.json", "model.safetensors", "vocab.json", "merges.txt"}
+    names = {"config.json", "model.safetensors", "vocab.json", "merges.txt", "result.json"}
     assert {p.name for p in (tmp_path / "m").iterdir()} == names
 
 
@@ -361,6 +361,10 @@ def test_a_question_is_asked_as_in_training(monkeypatch, files, tmp_path, capsys
     assert capsys.readouterr().out == " yes\n"
     call(monkeypatch, f"--generate {tmp_path}/o --prompt 7? --temperature 0 --raw")
     assert capsys.readouterr().out.startswith("7?")
+    call(monkeypatch, f"--merge {tmp_path}/o --out {tmp_path}/m")
+    capsys.readouterr()
+    call(monkeypatch, f"--generate {tmp_path}/m --prompt 7? --temperature 0")
+    assert capsys.readouterr().out == " yes\n"
 
 
 @pytest.mark.parametrize("name, shown", [("a.txt", "a.txt"), ("中.txt", None), ("$x$.txt", r"\$x\$.txt")])

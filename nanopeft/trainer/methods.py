@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """One table of the methods: what each adds to a model, and how that is saved and opened again."""
 
+import json
 import os
 import zlib
 from collections.abc import Callable
@@ -315,6 +316,9 @@ def merge(folder, out, dtype, device, force):
         raise Error(f"--merge {folder}: {kind} cannot be merged: {UNMERGEABLE[kind]}; load it beside its base instead")
     model, encoding = load(folder, dtype, device, force)
     files = save_whole(lora.remove_lora(MERGE[kind](model)), encoding, Path(out))
+    if os.path.isfile(result := Path(folder, "result.json")):  # --generate is to ask in the same way
+        kept = {"merged": folder, "asked": checkpoint.read_json(result).get("asked")}
+        checkpoint.write(Path(out, "result.json"), json.dumps(kept).encode())
     print(f"{out}, a model that transformers and --base open: {', '.join(files)}")
 
 
