@@ -154,7 +154,9 @@ def test_positions_given_by_the_caller_are_the_inputs(name):
     expected = ours(IDS).logits
     assert torch.equal(ours(IDS, position_ids=positions).logits, expected)
     assert_close(torch.cat((first.logits, then.logits), 1), expected, 1e-5)  # as above
-    assert (ours(IDS, position_ids=positions.flip(1)).logits - expected).abs().max() > 0.1 * expected.abs().max()
+    assert (ours(IDS, position_ids=positions + 4).logits - expected).abs().max() > 0.01 * expected.abs().max()
+    with pytest.raises(prompt.Error, match="packed row"):
+        ours(IDS, position_ids=torch.arange(4).repeat(2)[None])
 
 
 @pytest.mark.parametrize("keep", [1, 3, 8, 11, torch.tensor([0, 6])])
