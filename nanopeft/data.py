@@ -256,7 +256,10 @@ def plain_chat(messages):
 
 
 def tokenize(examples, encoding):
-    """Yields the turns [(ids, scored), ...] of each example, with a start token, and <eot> after what is scored."""
+    """Yields the turns [(ids, scored), ...] of each example, with a start token, and <eot> after what is scored.
+
+    SentencePiece puts a space in front of a text. encode_continuations, if the encoding has it, leaves it out.
+    """
     chat, texts = getattr(encoding, "chat", None), []
     for example in examples:
         if isinstance(example, tuple):
@@ -270,9 +273,10 @@ def tokenize(examples, encoding):
         if chat and not isinstance(example, tuple):
             yield [*chat(example)]  # ids already
         else:
-            ids = (next(rest if k else first) for k in range(len(turns)))
-            ends = [encoding.eot_token]
-            turns = [([*part, *ends * scored], scored) for part, (_, scored) in zip(ids, turns)]
+            turns = [
+                ([*next(rest if k else first), *[encoding.eot_token] * scored], scored)
+                for k, (_, scored) in enumerate(turns)
+            ]
             yield [(start_token(encoding), False), *turns]
 
 

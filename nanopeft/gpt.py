@@ -63,7 +63,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-LOGITS = {"cpu": 1 << 21, "cuda": 1 << 26}  # a chunk's, about; on a GPU each chunk launches a dozen kernels
+LOGITS = {"cpu": 1 << 21, "cuda": 1 << 26}  # in a chunk, about; on a GPU each launches a dozen kernels
 CHUNK = 1 << 17  # logits that go through the softmax at a time, per core: 0.5 MB in fp32 fit its L2 cache
 Output = namedtuple("Output", "loss logits past_key_values", defaults=(None, None, None))
 

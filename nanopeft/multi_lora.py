@@ -79,8 +79,9 @@ class MultiLoRALinear(lora.LoRALinear):
 def add_loras(model, adapters):
     """Freezes the model and puts the adapters {name: (config, state)} beside its layers, none in use. lora.remove_lora
     takes them off. config and state are lora_config's and lora_state_dict's, or what peft's two files hold."""
-    found, options = {}, {name: arguments(config) for name, (config, _) in adapters.items()}
-    for name, (_, state) in adapters.items():  # found: {layer: {adapter: its update}}
+    options = {name: arguments(config) for name, (config, _) in adapters.items()}
+    found = {}  # {layer: {adapter: its update}}
+    for name, (_, state) in adapters.items():
         lora.add_lora(model, **options[name], modules_to_save=())
         try:
             lora.load_lora_state_dict(model, state)

@@ -162,7 +162,7 @@ class PrefixTuning(nn.Module):
         P = P.view(self.n_tokens, -1, self.n_head, self.head_dim).permute(1, 2, 0, 3)  # (2 L, H, n, h)
         pairs = [p.expand(B, -1, -1, -1) for p in P.unbind()]  # not copied for each row: a cache only reads it
         for layer in range(self.n_layer):
-            cache.update(*pairs[2 * layer : 2 * layer + 2], layer)
+            cache.update(pairs[2 * layer], pairs[2 * layer + 1], layer)
         return cache
 
     def forward(self, input_ids=None, *, attention_mask=None, position_ids=None, inputs_embeds=None,

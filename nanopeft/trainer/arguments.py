@@ -154,7 +154,7 @@ def add_flags(parser):
 
     add = parser.add_argument_group("generation").add_argument
     add("--generate", metavar="FOLDER", help="do not train: go on from --prompt with what was trained in this folder")
-    as_typed = r"what samples go on from; -: standard input. \n stays as typed: in bash a new line is $'one\ntwo'"
+    as_typed = r"what samples go on from (--generate: - is standard input). \n stays: in bash a new line is $'one\ntwo'"
     add("--prompt", help=as_typed)
     add("--prompts", metavar="FILE", help="a prompt on each line")
     add("--raw", action="store_true", help="the prompt alone, without the template of the data")

@@ -28,8 +28,8 @@ def mean_loss(model, batch, device):
     return model(ids, labels=labels, **({"position_ids": positions[0]} if positions else {})).loss
 
 
-def rows_at_a_time(examples):
-    """32, or of long rows so many as 16,384 tokens: a model that is trained on one row at a time must hold them."""
+def batch_size(examples):
+    """32 rows, or fewer long ones, of 16,384 tokens in all: more than training's might not fit the memory."""
     return max(1, min(32, (1 << 14) // examples.length))
 
 
@@ -38,7 +38,7 @@ def evaluate(model, examples, ranks):
     """(nats per token, bits per byte) over all of the validation data, of which each rank takes a share."""
     model.eval()
     nats, tokens = 0.0, 0
-    batches = list(examples.batches(rows_at_a_time(examples)))[ranks.rank :: ranks.world]
+    batches = list(examples.batches(batch_size(examples)))[ranks.rank :: ranks.world]
     for batch in tqdm(batches, desc="validation", leave=False, delay=1, disable=ranks.rank > 0):
         n = count_labels(batch[1])
         nats += mean_loss(model, batch, ranks.device).item() * n
@@ -63,7 +63,7 @@ def accuracy(model, examples, ranks):
     model.eval()
     right = 0
     batches = []
-    for items in examples.length_buckets(rows_at_a_time(examples)):
+    for items in examples.length_buckets(batch_size(examples)):
         prompts, completions, *_ = zip(*items)
         fits = max(map(len, prompts)) + max(map(len, completions)) <= free_positions(model)
         batches += [items] if fits else [[item] for item in items]  # alone each does

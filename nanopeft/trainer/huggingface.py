@@ -206,11 +206,11 @@ class Tokenizer:
             self.end_of_turn |= {i for i in (ends if isinstance(ends, list) else [ends]) if i in known}
         if self.inner.chat_template is None:
             self.chat = self.chat_prompt = None
-        with suppress(Error):
-            talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            turns = self.chat(talk) if self.chat else []
-            used = {i for ids, _ in turns for i in ids}
-            self.end_of_turn |= {ids[-1] for ids, scored in turns if scored} & self.special
+        else:
+            with suppress(Error):
+                turns = self.chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+                used = {i for ids, _ in turns for i in ids}
+                self.end_of_turn |= {ids[-1] for ids, scored in turns if scored} & self.special
         # Other special tokens may have no row in the model, such as Gemma 3's for pictures
         self.n_vocab = 1 + max(known - self.special | used | self.end_of_turn)
 

@@ -171,7 +171,7 @@ def remarks(train, valid, encoding, args):
         texts = (encoding.decode(split.tokens[split.tokens != encoding.eot_token].tolist()) for split in (train, valid))
         if n := sum(text.count(tokenizer.ENDOFTEXT) for text in texts):
             yield f"{tokenizer.ENDOFTEXT} stands {n:,} times in the data: it is read as text, and ends no document"
-    elif len({tuple(item[1]) for item in train.items}) == 1 and len(train.items[0]) == 2:  # 3: with other answers
+    elif len({repr(item[1:]) for item in train.items}) == 1:  # completions, and the answers before them
         yield "all examples have the same answer: there is nothing to tell apart"
     if valid.n_leaked:
         yield f"{valid.n_leaked:,} pieces of the validation data are in training too, and were left out"
